@@ -1,0 +1,47 @@
+# Every target sets up what it needs: .venv with the pinned versions of constraints.txt.
+PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null && echo $$p && break; done)
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+.DEFAULT_GOAL := help
+.PHONY: help setup demo bench test check lint types imports wheel clean
+
+help: ## List the targets
+	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+setup: $(STAMP) ## Create .venv with the pinned dependencies
+
+$(STAMP): pyproject.toml constraints.txt
+	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 found; name one: make PYTHON=/path/to/python3.11"; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cpu,diffusers,dev]'
+	@touch $@
+
+demo: $(STAMP) ## The whole line on Wan2.1-T2V-1.3B's configuration: load, rewrite, verify, export, run (about 3 minutes)
+	$(BIN)/python -m t3compile.demo
+
+bench: $(STAMP) ## The demo's rewritten and full models side by side in onnxruntime, more repeats
+	$(BIN)/python -m t3compile.demo --bench
+
+test: $(STAMP) ## Run the tests
+	$(BIN)/python -m pytest
+
+check: lint types imports test ## ruff, mypy --strict, the import contracts and the tests
+
+lint: $(STAMP)
+	$(BIN)/ruff check t3compile passes export tests
+	$(BIN)/ruff format --check t3compile passes export tests
+
+types: $(STAMP)
+	$(BIN)/mypy
+
+imports: $(STAMP)
+	$(BIN)/lint-imports
+
+wheel: $(STAMP) ## Build the wheel into dist/
+	$(BIN)/python -m pip wheel --quiet --disable-pip-version-check --no-deps --wheel-dir dist .
+
+clean: ## Remove what the targets made
+	rm -rf $(VENV) build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .import_linter_cache .hypothesis

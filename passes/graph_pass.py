@@ -1,0 +1,171 @@
+"""What every editing pass is: requires, apply on a copy, ensures; unmodified programs come back as they were."""
+
+from __future__ import annotations
+
+import operator
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._guards import detect_fake_mode
+from torch.utils import _pytree as pytree
+
+from t3compile.errors import RewriteError
+from t3compile.program import Program, copy_graph_module
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class PassResult:
+    """The new program (the given one where nothing changed) and whether something did."""
+
+    program: Program
+    modified: bool
+
+
+class GraphPass(ABC):
+    """A pass is a frozen dataclass: its fields are its options."""
+
+    def requires(self, program: Program) -> None:
+        """Raise where the pass cannot run on this program."""
+
+    @abstractmethod
+    def apply(self, graph_module: fx.GraphModule, program: Program) -> bool:
+        """Edit the copied graph; whether anything changed."""
+
+    def ensures(self, result: Program) -> None:
+        """Raise where the result is not what the pass promises."""
+
+    def attach(self, graph_module: fx.GraphModule, program: Program) -> Program:
+        """The program around the edited graph."""
+        return program.with_graph(graph_module)
+
+    def __call__(self, program: Program) -> PassResult:
+        self.requires(program)
+        graph_module = copy_graph_module(program.exported)
+        if not self.apply(graph_module, program):
+            self.ensures(program)
+            return PassResult(program, modified=False)
+        remove_unused(graph_module.graph)
+        graph_module.graph.lint()
+        graph_module.recompile()
+        _check_interface(program.graph, graph_module.graph)
+        result = self.attach(graph_module, program)
+        self.ensures(result)
+        return PassResult(result, modified=True)
+
+
+def _check_interface(before: fx.Graph, after: fx.Graph) -> None:
+    inputs = [[n.name for n in graph.nodes if n.op == "placeholder"] for graph in (before, after)]
+    if inputs[0] != inputs[1]:
+        raise RewriteError("internal: a pass changed the inputs of the graph")
+
+
+def remove_unused(graph: fx.Graph) -> None:
+    """Drop calls without users and side effects, last first."""
+    for node in reversed(list(graph.nodes)):
+        if node.op == "call_function" and not node.users and not node.is_impure():
+            graph.erase_node(node)
+
+
+def is_call(node: object, *packets: Any) -> bool:
+    """Whether a node calls one of these operator packets, any overload."""
+    return isinstance(node, fx.Node) and getattr(node.target, "overloadpacket", None) in packets
+
+
+class Cursor:
+    """Builds nodes in front of an anchor, with metadata values computed on fake tensors."""
+
+    def __init__(self, anchor: fx.Node) -> None:
+        self._graph = anchor.graph
+        self._anchor = anchor
+
+    def call(self, target: Callable[..., Any], *args: Any, **kwargs: Any) -> fx.Node:
+        with self._graph.inserting_before(self._anchor):
+            node = self._graph.call_function(target, args, kwargs)
+        node.meta = {
+            key: self._anchor.meta[key]
+            for key in ("nn_module_stack", "stack_trace", "source_fn_stack")
+            if key in self._anchor.meta
+        }
+        node.meta["val"] = compute_value(node)
+        return node
+
+
+def compute_value(node: fx.Node) -> Any:
+    """The fake value of a call on the fake values of its arguments."""
+    values = fx.map_arg((node.args, node.kwargs), lambda used: used.meta["val"])
+    args, kwargs = values
+    mode = detect_fake_mode(values)
+    assert callable(node.target)
+    if mode is None:
+        return node.target(*args, **kwargs)
+    with mode:
+        return node.target(*args, **kwargs)
+
+
+def replace_node(old: fx.Node, new: fx.Node) -> None:
+    """Put `new` in the place of `old`; values downstream are recomputed as far as shapes, dtypes or strides changed."""
+    before = old.meta["val"]
+    old.replace_all_uses_with(new)
+    old.graph.erase_node(old)
+    if _same_form(before, new.meta["val"]):
+        return
+    pending = list(new.users)
+    while pending:
+        node = pending.pop(0)
+        if node.op == "output":
+            continue
+        value = _recompute(node)
+        if not _same_form(value, node.meta["val"]):
+            pending.extend(user for user in node.users if user not in pending)
+        node.meta["val"] = value
+
+
+def _recompute(node: fx.Node) -> Any:
+    if is_call(node, aten.view, aten._unsafe_view):
+        # A view that other strides do not allow becomes a reshape.
+        source = node.args[0]
+        assert isinstance(source, fx.Node)
+        if not _viewable(source.meta["val"], tuple(node.meta["val"].shape)):
+            node.target = aten.reshape.default
+    return compute_value(node)
+
+
+def _viewable(value: Tensor, shape: tuple[int, ...]) -> bool:
+    try:
+        torch.empty_strided(value.shape, value.stride(), device="meta").view(shape)
+    except RuntimeError:
+        return False
+    return True
+
+
+def inline_graph(call: fx.Node, inputs: Sequence[Any], body: fx.Graph) -> None:
+    """Put the calls of `body`, a traced graph of one output, in the place of `call`."""
+    values: dict[fx.Node, Any] = {}
+    arguments = iter(inputs)
+    cursor = Cursor(call)
+    result: fx.Node | None = None
+    for node in body.nodes:
+        if node.op == "placeholder":
+            values[node] = next(arguments)
+        elif node.op == "output":
+            (returned,) = pytree.tree_leaves(node.args)
+            result = values[returned]
+        else:
+            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda used: values[used])
+            values[node] = cursor.call(node.target, *args, **kwargs)
+    assert result is not None
+    replace_node(call, result)
+
+
+def _same_form(a: Any, b: Any) -> bool:
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return (a.shape, a.dtype, a.stride()) == (b.shape, b.dtype, b.stride())
+    if isinstance(a, list | tuple) and isinstance(b, list | tuple):
+        return len(a) == len(b) and all(_same_form(x, y) for x, y in zip(a, b, strict=True))
+    return bool(operator.eq(a, b))

@@ -1,0 +1,39 @@
+"""Lower t3::window_attention to plain aten calls, so that a file loads with torch alone.
+
+Input graph:
+    out = t3.window_attention(q, k, v, grid, splits, branches, ...)
+Output graph:
+    the regrouping of ops.window_attention: views, permutes, cat, one scaled_dot_product_attention per window size
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import fx
+
+from t3compile.errors import RewriteError
+from t3compile.ops import WINDOW_ATTENTION, WindowAttention, WindowAttentionArgs
+from t3compile.passes.graph_pass import GraphPass, inline_graph
+from t3compile.program import Program, trace
+
+
+@dataclass(frozen=True)
+class LowerWindowAttention(GraphPass):
+    """Inline the op's torch implementation at every call."""
+
+    def apply(self, graph_module: fx.GraphModule, program: Program) -> bool:
+        calls = [node for node in graph_module.graph.nodes if node.target is WINDOW_ATTENTION]
+        bodies: dict[object, fx.Graph] = {}
+        for node in calls:
+            args = WindowAttentionArgs.of_call(node.args, node.kwargs)
+            values = [x.meta["val"] for x in node.args[:3]]
+            key = (args, *((tuple(x.shape), x.stride(), x.dtype) for x in values))
+            if key not in bodies:
+                bodies[key] = trace(WindowAttention(args), tuple(values)).graph
+            inline_graph(node, node.args[:3], bodies[key])
+        return bool(calls)
+
+    def ensures(self, result: Program) -> None:
+        if any(node.target is WINDOW_ATTENTION for node in result.graph.nodes):
+            raise RewriteError("internal: a window attention call was not lowered")

@@ -1,0 +1,77 @@
+"""t3compile: full attention of trained video DiTs -> hierarchical window attention, proven and exported."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from t3compile.cost import plan_cost
+    from t3compile.errors import T3CompileError
+    from t3compile.geometry import Splits, TokenGrid
+    from t3compile.inputs import VideoSize
+    from t3compile.loading import load_program
+    from t3compile.pattern import Schedule, WindowPattern
+    from t3compile.pipeline import detect, export_onnx, load_engine, rewrite, verify
+    from t3compile.plan import Plan, make_plan
+    from t3compile.program import Program, trace
+    from t3compile.sites import SiteSurvey
+    from t3compile.verification import VerifyReport
+
+__version__ = "0.1.0"
+
+# Where each public name lives; a name is imported when it is first used, so that `import t3compile` is instant.
+_HOMES = {
+    "Plan": "plan",
+    "Program": "program",
+    "Schedule": "pattern",
+    "SiteSurvey": "sites",
+    "Splits": "geometry",
+    "T3CompileError": "errors",
+    "TokenGrid": "geometry",
+    "VerifyReport": "verification",
+    "VideoSize": "inputs",
+    "WindowPattern": "pattern",
+    "detect": "pipeline",
+    "export_onnx": "pipeline",
+    "load_engine": "pipeline",
+    "load_program": "loading",
+    "make_plan": "plan",
+    "plan_cost": "cost",
+    "rewrite": "pipeline",
+    "trace": "program",
+    "verify": "pipeline",
+}
+
+__all__ = [
+    "Plan",
+    "Program",
+    "Schedule",
+    "SiteSurvey",
+    "Splits",
+    "T3CompileError",
+    "TokenGrid",
+    "VerifyReport",
+    "VideoSize",
+    "WindowPattern",
+    "detect",
+    "export_onnx",
+    "load_engine",
+    "load_program",
+    "make_plan",
+    "plan_cost",
+    "rewrite",
+    "trace",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 't3compile' has no attribute '{name}'")
+    module = importlib.import_module(f"t3compile.{_HOMES[name]}")
+    return getattr(module, name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *_HOMES])

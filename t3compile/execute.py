@@ -1,0 +1,113 @@
+"""Run a program's graph node by node, reading each weight when it is used and freeing it after.
+
+So a check never holds all weights; ``float64`` runs the same graph in double precision.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec
+from torch.utils import _pytree as pytree
+
+from t3compile.program import Program
+
+_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+
+# A stand-in for one call: gets the node and its argument values, returns the result.
+CallHook = Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]
+
+
+@dataclass(frozen=True)
+class _Deferred:
+    """A weight that is read when a call needs it."""
+
+    name: str
+
+
+class _Executor(fx.Interpreter):
+    def __init__(
+        self,
+        program: Program,
+        inputs: Mapping[str, Tensor],
+        hooks: Mapping[str, CallHook],
+        float64: bool,
+    ) -> None:
+        super().__init__(program.exported.graph_module)
+        self._program = program
+        self._inputs = inputs
+        self._hooks = hooks
+        self._float64 = float64
+        self._specs = {spec.arg.name: spec for spec in program.exported.graph_signature.input_specs}
+
+    def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
+        spec = self._specs[str(target)]
+        if spec.kind in (InputKind.PARAMETER, InputKind.BUFFER) and spec.persistent is not False:
+            return _Deferred(str(spec.target))
+        return self._wide(self._value(spec))
+
+    def _value(self, spec: InputSpec) -> Any:
+        if spec.kind != InputKind.USER_INPUT:
+            return self._program.exported.constants[str(spec.target)]
+        if isinstance(spec.arg, ConstantArgument):
+            return spec.arg.value
+        return self._inputs[spec.arg.name]
+
+    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
+        fetched = super().fetch_args_kwargs_from_env(n)
+        return pytree.tree_map_only(_Deferred, self._load, fetched)
+
+    def _load(self, deferred: _Deferred) -> Any:
+        return self._wide(self._program.weights.load(deferred.name).detach())
+
+    def run_node(self, n: fx.Node) -> Any:
+        hook = self._hooks.get(n.name)
+        if hook is None:
+            return _restrided(super().run_node(n), n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        return _restrided(hook(n, args, kwargs), n)
+
+    def call_function(self, target: Any, args: Any, kwargs: Any) -> Any:
+        if self._float64:
+            args, kwargs = pytree.tree_map_only(torch.dtype, _widest, (args, kwargs))
+        return self._wide(super().call_function(target, args, kwargs))
+
+    def _wide(self, value: Any) -> Any:
+        if not self._float64:
+            return value
+        return pytree.tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, value)
+
+
+def _restrided(value: Any, node: fx.Node) -> Any:
+    """The value with the strides that the views behind it were traced for; kernels choose others in float64."""
+    traced = node.meta.get("val")
+    if not isinstance(value, Tensor) or not isinstance(traced, Tensor) or value.stride() == traced.stride():
+        return value
+    return torch.empty_strided(value.shape, traced.stride(), dtype=value.dtype).copy_(value)
+
+
+def _widest(dtype: torch.dtype) -> torch.dtype:
+    return torch.float64 if dtype in _FLOATS else dtype
+
+
+def execute(
+    program: Program,
+    inputs: Mapping[str, Tensor],
+    *,
+    hooks: Mapping[str, CallHook] | None = None,
+    float64: bool = False,
+) -> list[Tensor]:
+    """The program's output tensors in order.
+
+    ``inputs`` are tensors by placeholder name; ``hooks`` replace calls by node name; ``float64`` widens every
+    floating value, weights and constants included.
+    """
+    executor = _Executor(program, inputs, hooks or {}, float64)
+    placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
+    with torch.no_grad():
+        result = executor.run(*(None for _ in placeholders), enable_io_processing=False)
+    return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]

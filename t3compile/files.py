@@ -1,0 +1,50 @@
+"""Write beside, then rename: a result appears whole or not at all."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from t3compile.errors import OutputError
+
+
+def check_writable(path: Path) -> None:
+    """Raise OutputError, before any work, when `path` cannot be written."""
+    if path.is_dir():
+        raise OutputError(f"cannot write '{path}': it is a folder; give a file name")
+    parent = path.parent
+    if not parent.is_dir():
+        raise OutputError(f"cannot write '{path}': the folder '{parent}' does not exist")
+    try:
+        with tempfile.TemporaryFile(dir=parent):
+            pass
+    except OSError as error:
+        raise OutputError(f"cannot write '{path}': {error.strerror} in '{parent}'") from None
+
+
+@contextmanager
+def staged_outputs(path: Path) -> Iterator[Path]:
+    """A folder beside `path`; every file left in it is moved into place when the block ends well, else removed.
+
+    The file named like `path` is moved last, so that whatever it refers to is there first.
+    """
+    check_writable(path)
+    stage = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+    try:
+        yield stage
+        for file in sorted(stage.iterdir(), key=lambda file: file.name == path.name):
+            os.replace(file, path.parent / file.name)
+    except OSError as error:
+        raise OutputError(f"cannot write '{path}': {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write a text file atomically."""
+    with staged_outputs(path) as stage:
+        (stage / path.name).write_text(text, encoding="utf-8")

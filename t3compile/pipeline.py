@@ -1,0 +1,303 @@
+"""The stages in order, behind the public functions: load or trace, detect, plan, rewrite, verify, export, run."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from torch import Tensor
+
+from t3compile.errors import EngineError, ExportError, T3CompileError
+from t3compile.files import check_writable
+from t3compile.geometry import Splits, TokenGrid
+from t3compile.inputs import named_inputs, substitute_inputs
+from t3compile.loading import load_program
+from t3compile.loading.recognize import recognize
+from t3compile.passes.count_model import graph_macs
+from t3compile.passes.find_attention import find_attention
+from t3compile.passes.forward_copies import ForwardCopies
+from t3compile.passes.graph_pass import GraphPass
+from t3compile.passes.interleave_slices import InterleaveSlices
+from t3compile.passes.legalize_window_attention import LegalizeWindowAttention
+from t3compile.passes.lower_window_attention import LowerWindowAttention
+from t3compile.passes.mix_precision import MixPrecision
+from t3compile.passes.rewrite_attention import RewriteAttention
+from t3compile.pattern import WindowPattern
+from t3compile.plan import Plan, SitePlan
+from t3compile.program import Program
+from t3compile.sites import GridAxis, SiteSurvey
+from t3compile.verification import (
+    Check,
+    VerifyReport,
+    check_identity,
+    check_pattern,
+    check_rewritten,
+)
+
+if TYPE_CHECKING:
+    from t3compile.export.compare_onnx import OnnxComparison
+
+# Above this the whole-model check runs on a small grid: its reference is dense and in float64.
+DIRECT_TOKENS = 2048
+SMALL_GRID = TokenGrid(3, 6, 7)
+
+Progress = Callable[[str], None]
+
+ONNX_LEGALIZATION: tuple[GraphPass, ...] = (
+    ForwardCopies(),  # first: it uncovers the sources that interleaving stacks
+    InterleaveSlices(),  # before the exporter would make ScatterND of it
+    LegalizeWindowAttention(),  # last: nothing below knows the symbolic node
+)
+
+
+def _silent(_: str) -> None:
+    """No progress is shown."""
+
+
+def detect(program: Program, grid: TokenGrid | str | None = None) -> SiteSurvey:
+    """List every attention call, found or declined with a reason.
+
+    ``grid`` ("TxHxW", in tokens) is for models whose graph does not tell it; GridError where it does not fit.
+    """
+    return find_attention(program, TokenGrid.parse(grid) if isinstance(grid, str) else grid)
+
+
+def rewrite(program: Program, plan: Plan, *, portable: bool = False) -> Program:
+    """A new program with every planned site as t3::window_attention, or as plain aten if ``portable``."""
+    rewritten = RewriteAttention(plan)(program).program
+    return LowerWindowAttention()(rewritten).program if portable else rewritten
+
+
+def verify(program: Program, rewritten: Program, plan: Plan, *, progress: Progress = _silent) -> VerifyReport:
+    """Prove that ``rewritten`` is ``program`` under ``plan``.
+
+    Splits (1,1,1) give the original bit for bit; every site equals dense attention under its masks; the whole
+    model equals the masked original. Grids of more than 2048 tokens are checked on a small grid, where the model
+    can be retraced, and pattern by pattern on the real one.
+    """
+    survey = _survey_of(program, plan)
+    tokens = max((site.tokens for site in survey.found), default=0)
+    if tokens <= DIRECT_TOKENS:
+        checks = _check_programs(program, rewritten, plan, progress)
+        return VerifyReport(_grids_text(survey), tuple(checks))
+    not_run: list[str] = []
+    checks = []
+    grid_text = _grids_text(survey)
+    small = _small_case(program, survey, plan)
+    if isinstance(small, str):
+        not_run.append(f"whole-model checks: {small}")
+    else:
+        checks += _check_programs(small.program, small.rewritten, small.plan, progress)
+        grid_text = f"{_grids_text(small.survey)} (small grid for the model), {grid_text} (patterns)"
+    for site in _distinct_patterns(plan):
+        progress(f"pattern {site.pattern} on {site.grid}")
+        checks.append(check_pattern(site))
+    return VerifyReport(grid_text, tuple(checks), tuple(not_run))
+
+
+def _survey_of(program: Program, plan: Plan) -> SiteSurvey:
+    """The survey that the plan was made from: derived, or with the plan's grid where that was given by hand."""
+    survey = find_attention(program)
+    if {site.node for site in survey.found} == {site.node for site in plan.sites}:
+        return survey
+    grids = {site.grid for site in plan.sites}
+    return find_attention(program, next(iter(grids))) if len(grids) == 1 else survey
+
+
+def _grids_text(survey: SiteSurvey) -> str:
+    return ", ".join(map(str, survey.grids)) or "no grid"
+
+
+def _check_programs(program: Program, rewritten: Program, plan: Plan, progress: Progress) -> list[Check]:
+    inputs = named_inputs(program)
+    progress("identity: splits (1,1,1)")
+    identity = rewrite(program, plan.with_pattern(WindowPattern(Splits(1, 1, 1))))
+    checks = [check_identity(program, identity, inputs)]
+    progress("sites and whole model")
+    return checks + check_rewritten(program, rewritten, plan, inputs)
+
+
+@dataclass(frozen=True)
+class _SmallCase:
+    program: Program
+    survey: SiteSurvey
+    plan: Plan
+    rewritten: Program
+
+
+def _small_case(program: Program, survey: SiteSurvey, plan: Plan) -> _SmallCase | str:
+    """The same model retraced on a small grid with its patterns scaled down, or why that cannot be."""
+    if program.retrace is None:
+        return "a saved graph has one size, and this one is too large for a dense reference"
+    if len(survey.grid_axes) not in (2, 3) or len(survey.grids) != 1:
+        return "the graph does not tell which input axes make the grid"
+    named = _shrunk(named_inputs(program), survey.grid_axes, survey.grids[0])
+    try:
+        small = program.retrace(*substitute_inputs(program, named))
+        small_survey = find_attention(small)
+    except T3CompileError as error:
+        return f"the model cannot be retraced on a small grid: {error}"
+    if len(small_survey.found) != len(survey.found):
+        return f"on a small grid {len(small_survey.found)} sites are found instead of {len(survey.found)}"
+    sites = tuple(
+        SitePlan(
+            small_site.node,
+            small_site.grid,
+            small_site.prefix,
+            small_site.suffix,
+            _shrunk_pattern(plan, site.node, site.grid, small_site.grid),
+        )
+        for site, small_site in zip(survey.found, small_survey.found, strict=True)
+    )
+    small_plan = Plan(small.fingerprint(), plan.schedule, sites)
+    return _SmallCase(small, small_survey, small_plan, rewrite(small, small_plan))
+
+
+def _shrunk(inputs: Mapping[str, Tensor], axes: Sequence[GridAxis], grid: TokenGrid) -> dict[str, Tensor]:
+    named = dict(inputs)
+    for axis, small, real in zip(axes, SMALL_GRID.sizes[-len(axes) :], grid.sizes[-len(axes) :], strict=True):
+        length = min(small, real) * axis.patch
+        named[axis.input_name] = named[axis.input_name].narrow(axis.axis, 0, length).contiguous()
+    return named
+
+
+def _shrunk_pattern(plan: Plan, node: str, grid: TokenGrid, small: TokenGrid) -> WindowPattern | None:
+    """The same kind of split per axis: none, every token, or in between."""
+    planned = plan.site(node)
+    if planned is None or planned.pattern is None:
+        return None
+    counts = []
+    for n, length, short in zip(planned.pattern.splits.counts, grid.sizes, small.sizes, strict=True):
+        counts.append(1 if n == 1 else short if n == length else min(n, max(2, short // 2), short))
+    return replace(planned.pattern, splits=Splits(*counts))
+
+
+def _distinct_patterns(plan: Plan) -> list[SitePlan]:
+    """One planned site per pattern, grid and place of the grid in the sequence."""
+    distinct = {
+        (site.pattern, site.grid, site.prefix, site.suffix): site
+        for site in plan.rewritten
+        if site.pattern is not None and not site.pattern.is_full()
+    }
+    return list(distinct.values())
+
+
+@dataclass(frozen=True)
+class OnnxReport:
+    """What an export wrote, and how onnxruntime compares with torch (None: not compared, with the reason)."""
+
+    path: str
+    functions: tuple[str, ...]
+    comparison: OnnxComparison | None
+    not_compared: str = ""
+
+    def to_json(self) -> dict[str, Any]:
+        compared = None if self.comparison is None else self.comparison.to_json()
+        return {
+            "path": self.path,
+            "functions": list(self.functions),
+            "comparison": compared,
+            "not_compared": self.not_compared,
+        }
+
+
+def export_onnx(
+    program: Program,
+    path: str | Path,
+    *,
+    precision: Literal["float32", "float16"] | None = None,
+    form: Literal["attention", "matmul", "onnxruntime"] = "attention",
+    inline: bool = False,
+    check: bool | None = None,
+    progress: Progress = _silent,
+) -> Path:
+    """Write an ONNX file (opset 23) and its external data; see export_onnx_report."""
+    report = export_onnx_report(
+        program, path, precision=precision, form=form, inline=inline, check=check, progress=progress
+    )
+    return Path(report.path)
+
+
+# The comparison runs the model three times, once in float64: above this many MACs it is left out unless asked for.
+COMPARE_MACS = 10**12
+
+
+def export_onnx_report(
+    program: Program,
+    path: str | Path,
+    *,
+    precision: Literal["float32", "float16"] | None = None,
+    form: Literal["attention", "matmul", "onnxruntime"] = "attention",
+    inline: bool = False,
+    check: bool | None = None,
+    progress: Progress = _silent,
+) -> OnnxReport:
+    """Legalize, write and check an ONNX file; the program may be rewritten or not.
+
+    ``precision`` "float16" stores matrix weights and runs matrix products in half; inputs and outputs keep their
+    dtypes. ``form`` spells attention inside the functions: opset-23 Attention, MatMul-Softmax, or onnxruntime's own
+    MultiHeadAttention. ``inline`` writes function bodies in place. ``check`` compares with torch in onnxruntime;
+    None does so unless the model is too large to run here in a minute.
+    """
+    from t3compile.export.write_onnx import write_onnx
+
+    path = Path(path)
+    check_writable(path)
+    if precision == "float16":
+        program = MixPrecision("float16")(program).program
+    elif precision == "float32":
+        _require_float32(program)
+    legal = program
+    for legalize in ONNX_LEGALIZATION:
+        legal = legalize(legal).program
+    progress(f"writing {path.name}")
+    functions = write_onnx(legal, path, form=form, inline=inline)
+    if check is False:
+        return OnnxReport(str(path), functions, None, "switched off")
+    macs = graph_macs(program.graph)
+    if check is None and macs > COMPARE_MACS:
+        reason = f"{macs / 1e12:,.1f} T MACs, run three times, are too many here; --check does it all the same"
+        return OnnxReport(str(path), functions, None, reason)
+    from t3compile.export.compare_onnx import compare_onnx
+
+    progress("comparing onnxruntime with torch")
+    return OnnxReport(str(path), functions, compare_onnx(path, program, named_inputs(program)))
+
+
+def _require_float32(program: Program) -> None:
+    for node in program.graph.nodes:
+        value = node.meta.get("val")
+        if isinstance(value, Tensor) and value.dtype in (torch.float16, torch.bfloat16):
+            raise ExportError(
+                f"the program was traced in {str(value.dtype).removeprefix('torch.')}: load the model with "
+                "--dtype float32 and rewrite it again"
+            )
+
+
+def load_engine(path: str | Path, runtime: str = "auto") -> Callable[..., Any]:
+    """A callable from an exported ``.onnx`` (onnxruntime, CPU) or ``.pt2`` (torch) file, told by content.
+
+    ``runtime`` is "auto", "onnxruntime" or "torch". Calls take tensors or arrays by position or by input name;
+    InputsError names the input, what came and what is expected.
+    """
+    path = Path(path)
+    if runtime not in ("auto", "onnxruntime", "torch"):
+        raise EngineError(f"runtime '{runtime}' is unknown; known: auto, onnxruntime, torch")
+    is_torch = runtime == "torch" or (runtime == "auto" and _is_pt2(path))
+    if is_torch:
+        from t3compile.export.torch_engine import TorchEngine
+
+        return TorchEngine(load_program(path))
+    from t3compile.export.onnx_engine import OnnxEngine
+
+    return OnnxEngine(path)
+
+
+def _is_pt2(path: Path) -> bool:
+    try:
+        return recognize(path).kind == "pt2"
+    except T3CompileError:
+        return False

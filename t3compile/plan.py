@@ -1,0 +1,269 @@
+"""Plan: what will be done to every site. Decided on integers, JSON, editable by hand, bound to one graph."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from t3compile.errors import GridError, PatternError, PlanError
+from t3compile.geometry import TokenGrid
+from t3compile.pattern import Schedule, WindowPattern, pattern_from_json
+from t3compile.presets import preset_for, preset_named
+from t3compile.schedule import generate_schedule
+from t3compile.sites import AttentionSite, SiteSurvey
+
+PLAN_VERSION = 1
+# Below this the linear layers dominate and windows gain nothing (specs: "roughly 4k tokens").
+MIN_TOKENS = 4000
+# Fused attention kernels launch one block row per window, head and branch; grid dimension limit.
+LAUNCH_LIMIT = 65_535
+# fp16 sums over more keys than this overflow in fused kernels.
+FP16_KEY_LIMIT = 65_504
+
+ScheduleChoice = str | Schedule | Sequence[tuple[int, int, int]]
+
+
+@dataclass(frozen=True)
+class SitePlan:
+    """What happens to one site: its pattern, or None with the reason why it stays full."""
+
+    node: str
+    grid: TokenGrid
+    prefix: int
+    suffix: int
+    pattern: WindowPattern | None
+    reason: str = ""
+
+    def __post_init__(self) -> None:
+        if self.prefix < 0 or self.suffix < 0:
+            raise PlanError(f"site '{self.node}': prefix {self.prefix} and suffix {self.suffix} must not be negative")
+        if self.pattern is not None:
+            self.pattern.check_fit(self.grid)
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "node": self.node,
+            "grid": list(self.grid.sizes),
+            "prefix": self.prefix,
+            "suffix": self.suffix,
+            "pattern": None if self.pattern is None else self.pattern.to_json(),
+            "reason": self.reason,
+        }
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The patterns of all found sites of the graph with this fingerprint."""
+
+    fingerprint: str
+    schedule: str
+    sites: tuple[SitePlan, ...]
+
+    @property
+    def rewritten(self) -> tuple[SitePlan, ...]:
+        return tuple(site for site in self.sites if site.pattern is not None)
+
+    @property
+    def left_full(self) -> tuple[SitePlan, ...]:
+        return tuple(site for site in self.sites if site.pattern is None)
+
+    def site(self, node: str) -> SitePlan | None:
+        return next((site for site in self.sites if site.node == node), None)
+
+    def with_pattern(self, pattern: WindowPattern) -> Plan:
+        """The same plan with this pattern at every rewritten site."""
+        return replace(
+            self,
+            sites=tuple(site if site.pattern is None else replace(site, pattern=pattern) for site in self.sites),
+        )
+
+    def check_against(self, survey: SiteSurvey) -> None:
+        """Raise PlanError unless the plan was made for this survey's graph and names its sites."""
+        if self.fingerprint != survey.fingerprint:
+            raise PlanError(
+                f"the plan was made for another graph (fingerprint {self.fingerprint[:12]}, this graph has "
+                f"{survey.fingerprint[:12]}): make a new one with 't3compile plan'"
+            )
+        found = {site.node: site for site in survey.found}
+        for planned in self.sites:
+            site = found.get(planned.node)
+            if site is None:
+                raise PlanError(
+                    f"the plan names site '{planned.node}', which is not among the found ones: "
+                    f"{', '.join(found) or 'none'}"
+                )
+            at_plan = (planned.grid, planned.prefix, planned.suffix)
+            at_site = (site.grid, site.prefix, site.suffix)
+            if at_plan != at_site:
+                raise PlanError(
+                    f"site '{planned.node}': the plan has grid {planned.grid}, prefix {planned.prefix}, "
+                    f"suffix {planned.suffix}; the graph has grid {site.grid}, prefix {site.prefix}, "
+                    f"suffix {site.suffix}"
+                )
+        missing = [node for node in found if self.site(node) is None]
+        if missing:
+            raise PlanError(
+                f'the plan lacks the sites {", ".join(missing)}; list each, with "pattern": null and '
+                "a reason where it should stay full"
+            )
+
+    def to_json(self) -> dict[str, Any]:
+        return {
+            "t3compile_plan": PLAN_VERSION,
+            "fingerprint": self.fingerprint,
+            "schedule": self.schedule,
+            "sites": [site.to_json() for site in self.sites],
+        }
+
+    def dumps(self) -> str:
+        return json.dumps(self.to_json(), indent=2) + "\n"
+
+    @classmethod
+    def loads(cls, text: str) -> Plan:
+        """Read and check a plan file; PlanError names the place of the first mistake."""
+        try:
+            data = json.loads(text)
+        except json.JSONDecodeError as error:
+            raise PlanError(f"the plan is not JSON: {error}") from None
+        return cls.from_json(data)
+
+    @classmethod
+    def from_json(cls, data: object) -> Plan:
+        fields = _fields(data, "plan", {"t3compile_plan", "fingerprint", "schedule", "sites"})
+        if fields["t3compile_plan"] != PLAN_VERSION:
+            raise PlanError(f"plan version {fields['t3compile_plan']!r}: this t3compile reads version {PLAN_VERSION}")
+        if not isinstance(fields["fingerprint"], str) or not isinstance(fields["schedule"], str):
+            raise PlanError("plan: fingerprint and schedule must be strings")
+        if not isinstance(fields["sites"], list):
+            raise PlanError("plan: sites must be a list")
+        sites = tuple(_site_from_json(entry, i) for i, entry in enumerate(fields["sites"]))
+        nodes = [site.node for site in sites]
+        twice = sorted({node for node in nodes if nodes.count(node) > 1})
+        if twice:
+            raise PlanError(f"plan: site '{twice[0]}' is listed twice")
+        return cls(fields["fingerprint"], fields["schedule"], sites)
+
+
+def _fields(data: object, where: str, names: set[str]) -> Mapping[str, Any]:
+    if not isinstance(data, Mapping):
+        raise PlanError(f"{where}: expected an object with the keys {', '.join(sorted(names))}")
+    missing, unknown = names - set(data), set(data) - names
+    if missing or unknown:
+        problem = f"lacks {sorted(missing)}" if missing else f"has unknown keys {sorted(unknown)}"
+        raise PlanError(f"{where} {problem}; its keys are {', '.join(sorted(names))}")
+    return data
+
+
+def _site_from_json(data: object, position: int) -> SitePlan:
+    where = f"plan: sites[{position}]"
+    fields = _fields(data, where, {"node", "grid", "prefix", "suffix", "pattern", "reason"})
+    grid = fields["grid"]
+    if not isinstance(grid, list) or len(grid) != 3:
+        raise PlanError(f"{where}: grid {grid!r} must be three whole numbers [T, H, W]")
+    for name in ("node", "reason"):
+        if not isinstance(fields[name], str):
+            raise PlanError(f"{where}: {name} {fields[name]!r} must be a string")
+    for name in ("prefix", "suffix"):
+        if isinstance(fields[name], bool) or not isinstance(fields[name], int):
+            raise PlanError(f"{where}: {name} {fields[name]!r} must be a whole number")
+    try:
+        pattern = None if fields["pattern"] is None else pattern_from_json(fields["pattern"])
+        return SitePlan(
+            fields["node"],
+            TokenGrid(*grid),
+            fields["prefix"],
+            fields["suffix"],
+            pattern,
+            fields["reason"],
+        )
+    except (GridError, PatternError) as error:
+        raise PlanError(f"{where} ('{fields['node']}'): {error}") from None
+
+
+def parse_schedule(text: str) -> str | Schedule:
+    """Read a schedule from the command line: ``auto``, a preset's name, or splits ``5,1,1/1,3,4``."""
+    if not any(character.isdigit() for character in text) or "-" in text:
+        return text
+    triples: list[tuple[int, int, int]] = []
+    for part in text.split("/"):
+        numbers = part.strip().strip("()").split(",")
+        if len(numbers) != 3 or not all(number.strip().isdigit() for number in numbers):
+            raise PatternError(
+                f"schedule '{text}': '{part}' is not three whole numbers n_t,n_h,n_w; write for example 5,1,1/1,3,4"
+            )
+        triples.append((int(numbers[0]), int(numbers[1]), int(numbers[2])))
+    return Schedule.from_splits(triples)
+
+
+def make_plan(survey: SiteSurvey, schedule: ScheduleChoice = "auto", *, min_tokens: int = MIN_TOKENS) -> Plan:
+    """Choose a pattern for every found site; a pure function of integers.
+
+    ``schedule`` is "auto" (the preset trained at the site's grid, else a generated schedule), a preset's
+    name, a Schedule, or a list of (n_t, n_h, n_w). Under "auto" a site with fewer than ``min_tokens`` grid
+    tokens stays full. Raises PatternError when a schedule does not fit a grid.
+    """
+    if not isinstance(schedule, str | Schedule):
+        schedule = Schedule.from_splits([(t, h, w) for t, h, w in schedule])
+    generated: dict[tuple[TokenGrid, int, int], Schedule] = {}
+    names: dict[str, None] = {}
+    sites = []
+    for site in survey.found:
+        if schedule == "auto" and site.grid.tokens < min_tokens:
+            reason = f"too short: {site.grid.tokens} tokens, windows gain nothing below {min_tokens}"
+            sites.append(SitePlan(site.node, site.grid, site.prefix, site.suffix, None, reason))
+            continue
+        chosen = _schedule_for(site, schedule, generated)
+        names[chosen.name] = None
+        pattern = chosen.pattern_at(site.index)
+        sites.append(SitePlan(site.node, site.grid, site.prefix, site.suffix, pattern))
+    fallback = schedule if isinstance(schedule, str) else schedule.name
+    return Plan(survey.fingerprint, "+".join(names) or fallback, tuple(sites))
+
+
+def _schedule_for(
+    site: AttentionSite,
+    schedule: str | Schedule,
+    generated: dict[tuple[TokenGrid, int, int], Schedule],
+) -> Schedule:
+    if isinstance(schedule, Schedule):
+        schedule.check_fit(site.grid)
+        return schedule
+    if schedule != "auto":
+        preset = preset_named(schedule)
+        if preset.grid != site.grid:
+            raise PatternError(
+                f"preset '{preset.name}' was trained at grid {preset.grid}, but site '{site.node}' has grid "
+                f"{site.grid}: use --schedule auto, or inputs of the preset's size"
+            )
+        return preset.schedule
+    trained = preset_for(site.grid)
+    if trained is not None:
+        return trained.schedule
+    key = (site.grid, site.heads, site.batch)
+    if key not in generated:
+        generated[key] = generate_schedule(site.grid, heads=site.heads, batch=site.batch)
+    return generated[key]
+
+
+def plan_warnings(survey: SiteSurvey, plan: Plan) -> tuple[str, ...]:
+    """Limits of fused attention kernels that a plan exceeds, one sentence each."""
+    warnings = []
+    for planned in plan.rewritten:
+        site = survey.site(planned.node)
+        if site is None or planned.pattern is None:
+            continue
+        launches = planned.pattern.launched_windows(site.grid) * site.heads * site.batch
+        if launches >= LAUNCH_LIMIT:
+            warnings.append(
+                f"site '{site.node}': {launches} windows*heads*branches*batch reach the launch limit "
+                f"{LAUNCH_LIMIT} of fused attention kernels; use fewer splits than {planned.pattern.splits}"
+            )
+        keys = planned.pattern.largest_window_tokens(site.grid) + site.extra_tokens
+        if keys > FP16_KEY_LIMIT:
+            warnings.append(
+                f"site '{site.node}': windows of {keys} keys exceed {FP16_KEY_LIMIT}, where float16 attention "
+                "overflows in fused kernels; use bfloat16 or float32 there"
+            )
+    return tuple(warnings)

@@ -1,0 +1,237 @@
+"""Program: an exported graph and where its weights are."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch._guards import detect_fake_mode
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.export import ExportedProgram
+from torch.export.graph_signature import ExportGraphSignature, InputKind, TensorArgument
+from torch.utils import _pytree as pytree
+
+from t3compile.errors import TraceError
+from t3compile.files import staged_outputs
+from t3compile.plan import Plan
+from t3compile.weights import TensorWeights, Weights
+
+PLAN_ENTRY = "t3compile_plan.json"
+
+Inputs = tuple[tuple[Any, ...], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class Program:
+    """A functional graph of aten calls (attention still one call), its weights, and its example inputs.
+
+    ``exported.state_dict`` may hold fake tensors: values come from ``weights``. ``retrace`` makes the same
+    model's program for other inputs, where the module is at hand. ``plan`` is set on a rewritten program.
+    ``notes`` are what the user should know about how it was loaded, one sentence each.
+    """
+
+    exported: ExportedProgram
+    weights: Weights
+    source: str
+    retrace: Callable[[tuple[Any, ...], dict[str, Any]], Program] | None = None
+    plan: Plan | None = None
+    notes: tuple[str, ...] = ()
+
+    @property
+    def graph(self) -> fx.Graph:
+        graph: fx.Graph = self.exported.graph
+        return graph
+
+    @property
+    def example_inputs(self) -> Inputs:
+        if self.exported.example_inputs is None:
+            return (), {}
+        args, kwargs = self.exported.example_inputs
+        return tuple(args), dict(kwargs)
+
+    def fingerprint(self) -> str:
+        """sha256 of the graph: operations, wiring, shapes and dtypes; not weights and not node names."""
+        return graph_fingerprint(self.graph)
+
+    def load_weights(self) -> dict[str, Tensor]:
+        """All weights, read or mapped; parameters come back as nn.Parameter."""
+        parameters = set(self.exported.graph_signature.parameters)
+        loaded: dict[str, Tensor] = {}
+        for name in self.exported.state_dict:
+            tensor = self.weights.load(name)
+            is_plain = name in parameters and not isinstance(tensor, nn.Parameter)
+            loaded[name] = nn.Parameter(tensor, tensor.is_floating_point()) if is_plain else tensor
+        return loaded
+
+    def with_weights(self) -> ExportedProgram:
+        """The exported program with real tensors in its state_dict."""
+        return copy_exported(self.exported, state_dict=self.load_weights())
+
+    def module(self) -> nn.Module:
+        """A module with the original's call signature and real weights."""
+        module: nn.Module = self.with_weights().module()
+        return module
+
+    def with_graph(self, graph_module: fx.GraphModule, **changes: Any) -> Program:
+        """The same weights under another graph with the same inputs and outputs."""
+        exported = copy_exported(self.exported, graph_module=graph_module)
+        return replace(self, exported=exported, **changes)
+
+    def save(self, path: str | Path) -> Path:
+        """Write a torch.export ``.pt2`` (with the plan inside, if rewritten), beside first, then renamed."""
+        path = Path(path)
+        extra = {} if self.plan is None else {PLAN_ENTRY: self.plan.dumps()}
+        with staged_outputs(path) as stage, _torch_deprecations_hidden():
+            # torch.export.save insists on the suffix; the staged name must be the final one.
+            target = stage / f"{path.name}.pt2"
+            torch.export.save(self.with_weights(), target, extra_files=extra)
+            target.rename(stage / path.name)
+        return path
+
+
+def copy_exported(
+    exported: ExportedProgram,
+    *,
+    graph_module: fx.GraphModule | None = None,
+    state_dict: Mapping[str, Tensor] | None = None,
+    signature: ExportGraphSignature | None = None,
+    constants: Mapping[str, Any] | None = None,
+) -> ExportedProgram:
+    """An ExportedProgram with some parts replaced; the given one is untouched and shares its tensors."""
+    root = exported.graph_module if graph_module is None else graph_module
+    with _torch_deprecations_hidden():
+        call_graph = copy.deepcopy(exported.module_call_graph)
+    return ExportedProgram(
+        root=root,
+        graph=root.graph,
+        graph_signature=signature or copy.deepcopy(exported.graph_signature),
+        state_dict=dict(exported.state_dict if state_dict is None else state_dict),
+        range_constraints=exported.range_constraints,
+        module_call_graph=call_graph,
+        example_inputs=exported.example_inputs,
+        constants=dict(exported.constants if constants is None else constants),
+        verifiers=exported.verifiers,
+    )
+
+
+def copy_graph_module(exported: ExportedProgram) -> fx.GraphModule:
+    """A copy of the graph that can be edited; node names are kept, tensors are shared."""
+    original = exported.graph_module
+    graph = fx.Graph()
+    values: dict[fx.Node, fx.Node] = {}
+    returned = graph.graph_copy(original.graph, values)
+    output = graph.output(returned)
+    output.meta = dict(original.graph.output_node().meta)
+    graph._codegen = copy.deepcopy(original.graph._codegen)
+    copied = fx.GraphModule(original, graph)
+    copied.meta = dict(original.meta)
+    return copied
+
+
+def trace(
+    module: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    weights: Weights | None = None,
+    source: str = "",
+) -> Program:
+    """Export an nn.Module or fx.GraphModule to a Program with static shapes.
+
+    The module's parameters may be fake tensors (see ``weights``); nothing is computed. Raises TraceError with
+    torch.export's own reason.
+    """
+    named = dict(kwargs or {})
+    source = source or type(module).__name__
+    fake_args, fake_kwargs = _as_traceable(module, args, named)
+    try:
+        with _torch_deprecations_hidden(), torch.no_grad():
+            exported = torch.export.export(module, fake_args, fake_kwargs, strict=False)
+            exported = functionalized(exported)
+    except Exception as error:
+        lines = str(error).strip().splitlines()
+        reason = lines[0] if lines else type(error).__name__
+        raise TraceError(f"torch.export could not trace {source}: {type(error).__name__}: {reason}") from error
+    exported.example_inputs = (args, named)
+    if weights is None:
+        weights = TensorWeights(dict(exported.state_dict))
+    kept = weights
+
+    def retrace(new_args: tuple[Any, ...], new_kwargs: dict[str, Any]) -> Program:
+        return trace(module, new_args, new_kwargs, weights=kept, source=source)
+
+    return Program(exported, weights, source, retrace)
+
+
+def _as_traceable(
+    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Inputs in the fake mode of the module's parameters, if these are fake."""
+    fakes = [p for p in module.parameters() if isinstance(p, FakeTensor) or isinstance(p.data, FakeTensor)]
+    if not fakes:
+        return args, kwargs
+    mode = detect_fake_mode(fakes)
+    assert mode is not None
+    fake_args, fake_kwargs = pytree.tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
+    return fake_args, fake_kwargs
+
+
+def functionalized(exported: ExportedProgram) -> ExportedProgram:
+    """The form every Program has: no in-place calls, no metadata assertions, composite calls kept whole."""
+    with _torch_deprecations_hidden(), torch.no_grad():
+        functional: ExportedProgram = exported.run_decompositions({})
+    _drop_metadata_assertions(functional.graph_module)
+    return functional
+
+
+def _drop_metadata_assertions(graph_module: fx.GraphModule) -> None:
+    """Static shapes and dtypes are in the graph's metadata; the run-time checks only hinder later passes."""
+    for node in list(graph_module.graph.nodes):
+        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+            graph_module.graph.erase_node(node)
+    graph_module.recompile()
+
+
+@contextmanager
+def _torch_deprecations_hidden() -> Iterator[None]:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)
+        warnings.simplefilter("ignore", DeprecationWarning)
+        yield
+
+
+def graph_fingerprint(graph: fx.Graph) -> str:
+    """sha256 over operations, wiring, shapes and dtypes, independent of node names and weights."""
+    numbers = {node: i for i, node in enumerate(graph.nodes)}
+    digest = hashlib.sha256()
+    for node in graph.nodes:
+        args = fx.map_arg((node.args, node.kwargs), lambda used: f"%{numbers[used]}")
+        # An output node's metadata is not kept by saved files; its arguments say the same.
+        value = None if node.op == "output" else node.meta.get("val")
+        digest.update(f"{node.op} {node.target} {args} {_value_text(value)}\n".encode())
+    return digest.hexdigest()
+
+
+def _value_text(value: object) -> str:
+    if isinstance(value, Tensor):
+        return f"{value.dtype}{tuple(value.shape)}"
+    if isinstance(value, list | tuple):
+        return "[" + " ".join(_value_text(item) for item in value) + "]"
+    return repr(value)
+
+
+def user_input_names(exported: ExportedProgram) -> tuple[str, ...]:
+    """Names of the placeholders that are tensor inputs of the model, in call order."""
+    return tuple(
+        spec.arg.name
+        for spec in exported.graph_signature.input_specs
+        if spec.kind == InputKind.USER_INPUT and isinstance(spec.arg, TensorArgument)
+    )

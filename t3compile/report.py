@@ -1,0 +1,210 @@
+"""How results are shown: rich tables on a terminal, plain aligned text elsewhere, JSON on request."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from t3compile.cost import Cost
+from t3compile.plan import Plan
+from t3compile.sites import SiteSurvey
+from t3compile.verification import VerifyReport
+
+T3_WARNING = (
+    "T3 changes the function: without T3-trained weights or fine-tuning the video is noise. Published weights: "
+    "Hugging Face APRIL-AIGC/T3-Video. Recipe of the paper (arXiv 2512.13492): full fine-tune of 5,000 steps at 720p "
+    "(batch 64, lr 2e-5, 42k clips), then 500 steps or a rank-64 LoRA at 4K."
+)
+# Below this many tokens the linear layers dominate (specs of T3).
+SMALL_GAIN_TOKENS = 30_000
+
+
+def say(message: str) -> None:
+    """A message for the user: stderr, so that stdout holds results alone."""
+    print(message, file=sys.stderr)
+
+
+def show_json(data: object) -> None:
+    print(json.dumps(data, indent=2))
+
+
+def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """A table on stdout: drawn by rich on a terminal, aligned columns elsewhere."""
+    if sys.stdout.isatty():
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(title=title, title_justify="left")
+        for column in columns:
+            table.add_column(column)
+        for row in rows:
+            table.add_row(*row)
+        Console().print(table)
+        return
+    widths = [max(len(str(x)) for x in column) for column in zip(columns, *rows, strict=True)]
+    print(title)
+    for row in [columns, *rows]:
+        cells = (str(x).ljust(width) for x, width in zip(row, widths, strict=True))
+        print("  " + "  ".join(cells).rstrip())
+
+
+@contextmanager
+def progress() -> Iterator[Callable[[str], None]]:
+    """A callable that shows the current step: a spinner with elapsed time on a terminal, lines on stderr elsewhere."""
+    if not sys.stderr.isatty():
+        yield lambda step: say(f"... {step}")
+        return
+    from rich.console import Console
+    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("starting", total=None)
+        yield lambda step: bar.update(task, description=step)
+
+
+def count(value: float) -> str:
+    """A count in T, G, M or as it is."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6)):
+        if value >= size:
+            return f"{value / size:,.1f} {unit}"
+    return f"{value:,.0f}"
+
+
+def size_bytes(value: float) -> str:
+    """Bytes in GiB, MiB or KiB."""
+    for unit, size in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
+        if value >= size:
+            return f"{value / size:,.1f} {unit}"
+    return f"{value:,.0f} B"
+
+
+def show_survey(survey: SiteSurvey) -> None:
+    """Found sites and declined calls; equal ones are shown as one row with their number."""
+    rows = _grouped(
+        [
+            (
+                site.stack or "-",
+                str(site.grid),
+                str(site.tokens),
+                f"{site.prefix}/{site.suffix}",
+                f"{site.heads} x {site.head_dim}",
+                site.dtype,
+            )
+            for site in survey.found
+        ]
+    )
+    columns = ("calls", "module", "grid", "tokens", "prefix/suffix", "heads", "dtype")
+    show_table(f"Found: {len(survey.found)} full self-attention calls over the grid", columns, rows)
+    rows = _grouped([(call.module or call.node, call.reason, call.detail) for call in survey.declined])
+    if rows:
+        title = f"Left as they are: {len(survey.declined)} attention calls"
+        show_table(title, ("calls", "module", "reason", "detail"), rows)
+
+
+def _grouped(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
+    """Equal rows as one, block numbers blanked, with their number in front."""
+    counts: dict[tuple[str, ...], int] = {}
+    for first, *rest in rows:
+        key = (re.sub(r"(?<=\.)\d+(?=\.|$)", "*", first), *rest)
+        counts[key] = counts.get(key, 0) + 1
+    return [(str(number), *key) for key, number in counts.items()]
+
+
+def show_plan(survey: SiteSurvey, plan: Plan) -> None:
+    """The patterns of a plan, with windows per pattern."""
+    rows: dict[tuple[str, ...], int] = {}
+    for planned in plan.sites:
+        if planned.pattern is None:
+            key = (str(planned.grid), "full", "-", "-", planned.reason)
+        else:
+            pattern = planned.pattern
+            branches = "+".join(pattern.computed_branches(planned.grid))
+            window = f"{pattern.splits.largest_window(planned.grid)}"
+            if not pattern.splits.divide(planned.grid):
+                window += " at most"
+            tokens = pattern.largest_window_tokens(planned.grid)
+            key = (str(planned.grid), str(pattern), f"{window} = {tokens}", branches, planned.reason)
+        rows[key] = rows.get(key, 0) + 1
+    show_table(
+        f"Plan: schedule {plan.schedule}",
+        ("sites", "grid", "splits", "window", "computed", "note"),
+        [(str(number), *key) for key, number in rows.items()],
+    )
+
+
+def show_cost(costs: Cost) -> None:
+    """Attention and whole-model MACs, dense and planned, and memory."""
+    rows = [
+        (
+            "attention over the grid",
+            count(costs.dense_attention_macs),
+            count(costs.planned_attention_macs),
+            f"{costs.attention_factor:.1f}x",
+        ),
+        (
+            "  as the paper counts",
+            count(costs.dense_attention_macs),
+            count(costs.paper_attention_macs),
+            f"{costs.paper_factor:.1f}x",
+        ),
+        ("other attention", count(costs.declined_macs), count(costs.declined_macs), "1.0x"),
+        ("linear and convolution", count(costs.other_macs), count(costs.other_macs), "1.0x"),
+        ("whole model", count(costs.dense_macs), count(costs.planned_macs), f"{costs.model_factor:.2f}x"),
+    ]
+    show_table("MACs of one forward pass", ("part", "full", "planned", "gain"), rows)
+    dense_scores = max((site.dense_score_bytes for site in costs.sites), default=0)
+    planned_scores = max((site.planned_score_bytes for site in costs.sites), default=0)
+    show_table(
+        "Memory",
+        ("what", "full", "planned"),
+        [
+            ("weights", size_bytes(costs.weight_bytes), size_bytes(costs.weight_bytes)),
+            (
+                "activations at their peak, without scores",
+                size_bytes(costs.peak_activation_bytes),
+                size_bytes(costs.peak_activation_bytes),
+            ),
+            (
+                "scores of the largest call, if a runtime holds them",
+                size_bytes(dense_scores),
+                size_bytes(planned_scores),
+            ),
+        ],
+    )
+
+
+def show_site_costs(costs: Cost) -> None:
+    """MACs of every site."""
+    rows = [
+        (
+            site.node,
+            site.pattern,
+            count(site.dense_macs),
+            count(site.planned_macs),
+            size_bytes(site.dense_score_bytes),
+            size_bytes(site.planned_score_bytes),
+        )
+        for site in costs.sites
+    ]
+    columns = ("site", "pattern", "full MACs", "planned MACs", "full scores", "planned scores")
+    show_table("Sites", columns, rows)
+
+
+def show_verification(report: VerifyReport) -> None:
+    rows = [
+        (
+            check.kind,
+            check.name,
+            f"{check.error:.3g}",
+            f"{check.allowed:.3g}",
+            f"{check.magnitude:.3g}",
+            "ok" if check.passed else "FAILED",
+        )
+        for check in report.checks
+    ]
+    columns = ("check", "what", "error", "allowed", "magnitude", "result")
+    show_table(f"Verification on grid {report.grid}", columns, rows)

@@ -1,0 +1,184 @@
+"""Numeric proof that a rewritten program is the planned one.
+
+Nothing here knows how the rewrite works: programs are run and compared with dense attention under the branches'
+masks. A tolerance is derived, not chosen: against a float64 reference, the rewritten program may err at most twice
+as much as plain PyTorch running the masked attention in the program's own dtype (written out, or as one fused call:
+the worse of the two), plus one rounding step of the output.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, fx
+
+from t3compile.errors import PlanError
+from t3compile.execute import CallHook, execute
+from t3compile.ops import WINDOW_ATTENTION, WindowAttentionArgs
+from t3compile.ops.reference import (
+    MaskedAttention,
+    masked_attention,
+    masked_sdpa,
+    reference_window_attention,
+)
+from t3compile.plan import Plan, SitePlan
+from t3compile.program import Program
+
+CheckKind = Literal["identity", "site", "model", "pattern"]
+_FACTOR = 2.0
+_PLAIN: tuple[MaskedAttention, ...] = (masked_attention, masked_sdpa)
+
+
+@dataclass(frozen=True)
+class Check:
+    """One comparison: largest absolute error, what was allowed, and the size of the reference."""
+
+    kind: CheckKind
+    name: str
+    error: float
+    allowed: float
+    magnitude: float
+
+    @property
+    def passed(self) -> bool:
+        """False for NaN too."""
+        return self.error <= self.allowed
+
+
+@dataclass(frozen=True)
+class VerifyReport:
+    """All checks that ran, on which grid, and what did not run and why."""
+
+    grid: str
+    checks: tuple[Check, ...]
+    not_run: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        return bool(self.checks) and all(check.passed for check in self.checks)
+
+    def to_json(self) -> dict[str, Any]:
+        checks = [{**asdict(check), "passed": check.passed} for check in self.checks]
+        return {
+            "passed": self.passed,
+            "grid": self.grid,
+            "checks": checks,
+            "not_run": list(self.not_run),
+        }
+
+
+def _largest(x: Tensor) -> float:
+    return float(x.abs().max()) if x.numel() else 0.0
+
+
+def _error(value: Tensor, reference: Tensor) -> float:
+    return float((value.double() - reference.double()).abs().max())
+
+
+def _derived_check(kind: CheckKind, name: str, ours: Tensor, plain: Sequence[Tensor], reference: Tensor) -> Check:
+    """Our error beside the worst of the plain PyTorch results."""
+    magnitude = _largest(reference)
+    rounding = torch.finfo(ours.dtype).eps * magnitude
+    plain_error = max(_error(value, reference) for value in plain)
+    allowed = _FACTOR * plain_error + rounding
+    return Check(kind, name, _error(ours, reference), allowed, magnitude)
+
+
+def check_identity(program: Program, identity: Program, inputs: Mapping[str, Tensor]) -> Check:
+    """``identity`` is the program rewritten with splits (1,1,1): its outputs must be the same bits."""
+    before, after = execute(program, inputs), execute(identity, inputs)
+    error = max((_error(a, b) for a, b in zip(after, before, strict=True)), default=0.0)
+    magnitude = max((_largest(x) for x in before), default=0.0)
+    return Check("identity", "splits (1,1,1) against the original", error, 0.0, magnitude)
+
+
+def check_rewritten(program: Program, rewritten: Program, plan: Plan, inputs: Mapping[str, Tensor]) -> list[Check]:
+    """Every rewritten site against its masked reference, then the whole model against the masked original.
+
+    ``program`` is the original, ``inputs`` are tensors by placeholder name. A rewritten program lowered to plain
+    aten has no sites to hook; only its outputs are compared.
+    """
+    checks: list[Check] = []
+    nodes = [node for node in rewritten.graph.nodes if node.target is WINDOW_ATTENTION]
+    if nodes and len(nodes) != len(plan.rewritten):
+        raise PlanError(
+            f"the rewritten program has {len(nodes)} window attention calls, the plan {len(plan.rewritten)} sites"
+        )
+    order = {node.name: i for i, node in enumerate(program.graph.nodes)}
+    sites = sorted(plan.rewritten, key=lambda site: order.get(site.node, -1))
+    watchers = {node.name: _site_watcher(site, checks) for node, site in zip(nodes, sites, strict=False)}
+    ours = execute(rewritten, inputs, hooks=watchers)
+    written_out = {site.node: _masked_hook(site, masked_attention) for site in plan.rewritten}
+    fused = {site.node: _masked_hook(site, masked_sdpa) for site in plan.rewritten}
+    plain = [execute(program, inputs, hooks=hooks) for hooks in (written_out, fused)]
+    reference = execute(program, inputs, hooks=written_out, float64=True)
+    for i, value in enumerate(ours):
+        plain_values = [outputs[i] for outputs in plain]
+        checks.append(_derived_check("model", f"output {i}", value, plain_values, reference[i]))
+    return checks
+
+
+def _reference(site: SitePlan, q: Tensor, k: Tensor, v: Tensor, scale: float | None, attend: MaskedAttention) -> Tensor:
+    assert site.pattern is not None
+    return reference_window_attention(
+        q,
+        k,
+        v,
+        grid=site.grid,
+        pattern=site.pattern,
+        prefix=site.prefix,
+        suffix=site.suffix,
+        scale=scale,
+        attend=attend,
+    )
+
+
+def _site_watcher(site: SitePlan, checks: list[Check]) -> CallHook:
+    """Runs the call as it is and checks it on the very queries, keys and values that reach it."""
+
+    def watch(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        out: Tensor = WINDOW_ATTENTION(*args, **kwargs)
+        q, k, v = args[:3]
+        scale = WindowAttentionArgs.of_call(args, kwargs).scale
+        plain = [_reference(site, q, k, v, scale, attend) for attend in _PLAIN]
+        exact = _reference(site, q.double(), k.double(), v.double(), scale, masked_attention)
+        checks.append(_derived_check("site", site.node, out, plain, exact))
+        return out
+
+    return watch
+
+
+def _masked_hook(site: SitePlan, attend: MaskedAttention) -> CallHook:
+    """Puts dense attention under the branches' masks in the place of the original call."""
+
+    def run(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
+        q, k, v = args[:3]
+        return _reference(site, q, k, v, kwargs.get("scale"), attend)
+
+    return run
+
+
+def check_pattern(site: SitePlan, *, scale: float | None = None, rows: int = 64) -> Check:
+    """One pattern at its real grid: random q, k, v of one head, ``rows`` sampled queries against the reference."""
+    assert site.pattern is not None
+    args = WindowAttentionArgs(site.grid, site.pattern, site.prefix, site.suffix, scale)
+    tokens = site.prefix + site.grid.tokens + site.suffix
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 1, tokens, 8, generator=generator) for _ in range(3))
+    picked = torch.randperm(tokens, generator=generator)[:rows].sort().values
+    ours = WINDOW_ATTENTION(q, k, v, *args.as_op_args())[..., picked, :]
+    options = {
+        "grid": site.grid,
+        "pattern": site.pattern,
+        "prefix": site.prefix,
+        "suffix": site.suffix,
+        "scale": scale,
+        "rows": picked,
+    }
+    plain = [reference_window_attention(q, k, v, attend=attend, **options) for attend in _PLAIN]  # type: ignore[arg-type]
+    exact = reference_window_attention(q.double(), k.double(), v.double(), **options)  # type: ignore[arg-type]
+    name = f"{site.pattern} on {site.grid}"
+    return _derived_check("pattern", name, ours, plain, exact)
