@@ -14,6 +14,7 @@ from torch import Tensor
 
 from t3compile.errors import EngineError, InputsError, MissingExtraError
 
+_TENSORRT_MAGIC = (b"ftrt", b"ptrt")
 _NUMPY_TYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
@@ -55,6 +56,7 @@ class OnnxEngine:
         options = onnxruntime.SessionOptions()
         # The arena doubles the peak memory of large activations and gains no time (see BENCHMARKS.md).
         options.enable_cpu_mem_arena = False
+        options.log_severity_level = 3  # errors; warnings are about its own optimisations
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
@@ -114,6 +116,12 @@ def check_onnx_file(path: Path) -> None:
     """Raise EngineError unless `path` is an ONNX model whose external data stays in its own folder."""
     if not path.is_file():
         raise EngineError(f"'{path}' does not exist")
+    with path.open("rb") as file:
+        if file.read(4) in _TENSORRT_MAGIC:
+            raise EngineError(
+                f"'{path}' is a TensorRT engine, which this version of t3compile cannot run; give the .onnx file it "
+                "was built from"
+            )
     try:
         model = ir.load(path)
     except Exception as error:

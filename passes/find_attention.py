@@ -131,7 +131,9 @@ def _judge(call: AttentionCall, tracker: LayoutTracker, grid: TokenGrid | None) 
     if q[-2] != k[-2]:
         return _No("cross-attention", f"{q[-2]} queries on {k[-2]} keys: {_describe(tokens_k)} as keys")
     if tokens_q != tokens_k and tokens_q.is_known and tokens_k.is_known:
-        return _No("cross-attention", f"keys are {_describe(tokens_k)}")
+        same_input = tokens_q.inputs == tokens_k.inputs
+        detail = f"queries are {_describe(tokens_q)}, keys {_describe(tokens_k)}"
+        return _No("unknown-layout" if same_input else "cross-attention", detail)
     if q[1] != k[1] or v[1] != k[1]:
         return _No("grouped-query", f"{q[1]} query heads on {k[1]} key heads")
     if call.is_causal:
@@ -183,14 +185,27 @@ def _derived(
     counts = tuple(digit.size for digit in digits)
     derived = TokenGrid(*((1,) * (3 - len(counts)) + counts))
     if given is not None and given != derived:
-        # One frame and a flattened pair of axes are other names for the same order of tokens.
         if given.tokens != derived.tokens:
             return _No("grid-mismatch", f"the graph's grid is {derived}, not {given}")
-        raise GridError(
-            f"--grid {given} contradicts the grid {derived} derived from {_describe(tokens)}; leave --grid out"
-        )
+        if not _refines(given.sizes, counts):
+            raise GridError(
+                f"--grid {given} contradicts the grid {derived} derived from {_describe(tokens)}; leave --grid out"
+            )
+        return _Tokens(given, prefix, suffix, ())
     axes = tuple(GridAxis(str(d.origin.input_name), d.origin.axis, d.origin.length // d.size) for d in digits)
     return _Tokens(derived, prefix, suffix, axes)
+
+
+def _refines(given: Sequence[int], derived: Sequence[int]) -> bool:
+    """Whether each derived axis is a row-major product of neighbouring given ones, such as H*W flattened to one."""
+    rest = list(given)
+    for size in derived:
+        product = 1
+        while rest and product < size:
+            product *= rest.pop(0)
+        if product != size:
+            return False
+    return all(size == 1 for size in rest)
 
 
 def _given(tokens: Axis, grid: TokenGrid) -> _Tokens | _No:

@@ -3,7 +3,8 @@
 A digit is one factor of an input axis: patches of two rows of an axis of 272 are (stride 2, size 136). A
 segment is a row-major product of digits, an axis a concatenation of segments. Flattening, splitting, permuting
 and concatenating tokens are exact operations on digits, so a token order is derived, never guessed. An axis of
-unknown meaning is a digit whose origin is the operation that made it.
+unknown meaning is a digit whose origin is the operation that made it: neutral if no input reached it (tables,
+constants), else lost.
 """
 
 from __future__ import annotations
@@ -15,12 +16,16 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a digit comes from: an axis of a model input, or (input None) the operation that lost track."""
+    """Where a digit comes from: an axis of a model input, or (input None) the operation that made it.
+
+    ``neutral``: no input reached it, or it repeats one position; it says nothing about token order.
+    """
 
     input_name: str | None
     axis: int
     length: int
     made_by: str = ""
+    neutral: bool = False
 
     @property
     def is_known(self) -> bool:
@@ -34,17 +39,23 @@ class Origin:
 
 @dataclass(frozen=True)
 class Digit:
-    """Values start..start+size-1 of (index // stride) of an origin's axis."""
+    """Values start..start+size-1 of (index // stride) % modulus of an origin's axis."""
 
     origin: Origin
     stride: int
     size: int
+    modulus: int
     start: int = 0
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether the digit takes every value it can."""
+        return self.size == self.modulus
 
     @property
     def is_whole(self) -> bool:
         """Whether the digit runs over every patch of its axis."""
-        return self.start == 0 and self.size == self.origin.length // self.stride
+        return self.is_complete and self.stride * self.modulus == self.origin.length
 
 
 Segment = tuple[Digit, ...]
@@ -63,12 +74,10 @@ def _merge_digits(segment: Segment) -> Segment:
         if merged:
             outer = merged[-1]
             neighbours = outer.origin == digit.origin and outer.stride == digit.stride * digit.size
-            if neighbours and digit.start == 0:
+            if neighbours and digit.is_complete:
+                size = digit.size
                 merged[-1] = Digit(
-                    digit.origin,
-                    digit.stride,
-                    outer.size * digit.size,
-                    outer.start * digit.size,
+                    digit.origin, digit.stride, outer.size * size, outer.modulus * size, outer.start * size
                 )
                 continue
         merged.append(digit)
@@ -102,8 +111,19 @@ class Axis:
         return sum(segment_size(segment) for segment in self.segments)
 
     @property
+    def inputs(self) -> set[str]:
+        """Names of the model inputs whose tokens stand here."""
+        names = (digit.origin.input_name for segment in self.segments for digit in segment)
+        return {name for name in names if name is not None}
+
+    @property
     def is_known(self) -> bool:
-        return any(digit.origin.is_known for segment in self.segments for digit in segment)
+        return bool(self.inputs)
+
+    @property
+    def is_neutral(self) -> bool:
+        """Whether no part says anything about token order."""
+        return all(digit.origin.neutral for segment in self.segments for digit in segment)
 
     def split(self, sizes: Sequence[int]) -> list[Axis] | None:
         """The axis as a row-major product of `sizes`, or None where that is not a product of digits."""
@@ -155,20 +175,50 @@ def product(axes: Sequence[Axis]) -> Axis | None:
 
 
 def join(first: Axis, second: Axis) -> Axis | None:
-    """The meaning of an axis that two elementwise operands share; None where they contradict each other."""
-    if first == second or not second.is_known:
+    """The meaning of an axis that two elementwise operands share; None where it is lost.
+
+    A neutral operand says nothing. Tokens of different inputs that meet at one position carry the same
+    coordinates if they are cut alike; a flat sequence takes those of a grid. Two orders of the same input's tokens,
+    or an order that is lost already, leave none.
+    """
+    if first == second or second.is_neutral:
         return first
-    if not first.is_known:
+    if first.is_neutral:
         return second
-    if [segment_size(s) for s in first.segments] != [segment_size(s) for s in second.segments]:
-        return None
-    segments: list[Segment] = []
-    for a, b in zip(first.segments, second.segments, strict=True):
-        joined = join(Axis((a,)), Axis((b,))) if len(first.segments) > 1 else None
-        if joined is None:
+    if [segment_size(s) for s in first.segments] == [segment_size(s) for s in second.segments]:
+        segments = [_join_segments(a, b) for a, b in zip(first.segments, second.segments, strict=True)]
+        if any(segment is None for segment in segments):
             return None
-        segments.extend(joined.segments)
-    return Axis.of(*segments)
+        return Axis.of(*(segment for segment in segments if segment is not None))
+    if first.inputs & second.inputs:
+        return None
+    for flat, other in ((first, second), (second, first)):
+        if _is_flat(flat.segments) and other.is_known:
+            return other
+    return None
+
+
+def _join_segments(a: Segment, b: Segment) -> Segment | None:
+    if a == b or Axis((b,)).is_neutral:
+        return a
+    if Axis((a,)).is_neutral:
+        return b
+    if not all(digit.origin.is_known for digit in (*a, *b)) or Axis((a,)).inputs & Axis((b,)).inputs:
+        return None
+    if [(d.size, d.is_whole) for d in a] == [(d.size, d.is_whole) for d in b]:
+        return a
+    for flat, other in ((a, b), (b, a)):
+        if _is_flat((flat,)):
+            return other
+    return None
+
+
+def _is_flat(segments: tuple[Segment, ...]) -> bool:
+    """Whether the axis is one whole axis of an input."""
+    if len(segments) != 1 or len(segments[0]) != 1:
+        return False
+    (digit,) = segments[0]
+    return digit.origin.is_known and digit.stride == 1 and digit.is_whole
 
 
 def _continue_segment(left: Segment, right: Segment) -> Segment | None:
@@ -176,7 +226,7 @@ def _continue_segment(left: Segment, right: Segment) -> Segment | None:
     if not left or not right or left[1:] != right[1:]:
         return None
     a, b = left[0], right[0]
-    if (a.origin, a.stride) != (b.origin, b.stride) or a.start + a.size != b.start:
+    if (a.origin, a.stride, a.modulus) != (b.origin, b.stride, b.modulus) or a.start + a.size != b.start:
         return None
     return (replace(a, size=a.size + b.size), *left[1:])
 
@@ -192,10 +242,11 @@ def _take_inner(digits: list[Digit], size: int) -> Segment | None:
             taken.insert(0, digit)
             size //= digit.size
             continue
-        if digit.size % size or digit.start % size:
+        if digit.size % size or digit.start % size or digit.modulus % size:
             return None
-        taken.insert(0, Digit(digit.origin, digit.stride, size))
-        digits.append(Digit(digit.origin, digit.stride * size, digit.size // size, digit.start // size))
+        taken.insert(0, Digit(digit.origin, digit.stride, size, size))
+        outer = (digit.stride * size, digit.size // size, digit.modulus // size, digit.start // size)
+        digits.append(Digit(digit.origin, *outer))
         size = 1
     return tuple(taken)
 
@@ -219,12 +270,12 @@ def _slice_segment(segment: Segment, start: int, stop: int) -> Segment | None:
 Layout = tuple[Axis, ...]
 
 
-def unknown_axis(made_by: str, position: int, size: int) -> Axis:
+def unknown_axis(made_by: str, position: int, size: int, *, neutral: bool = False) -> Axis:
     """An axis of `size` positions about which only its maker is known."""
-    origin = Origin(None, position, size, made_by)
-    return Axis.of((Digit(origin, 1, size),)) if size != 1 else ONE
+    origin = Origin(None, position, size, made_by, neutral)
+    return Axis.of((Digit(origin, 1, size, size),)) if size != 1 else ONE
 
 
 def input_axis(name: str, position: int, size: int) -> Axis:
     """A whole axis of a model input."""
-    return Axis.of((Digit(Origin(name, position, size), 1, size),)) if size != 1 else ONE
+    return Axis.of((Digit(Origin(name, position, size), 1, size, size),)) if size != 1 else ONE

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 
 from t3compile.errors import ExportError
@@ -146,4 +146,5 @@ class MixPrecision(GraphPass):
 
 def _like(tensor: Tensor, dtype: torch.dtype) -> Tensor:
     """A tensor of another dtype that holds no data: values come from the program's weights."""
-    return torch.empty(tensor.shape, dtype=dtype, device="meta")
+    empty = torch.empty(tensor.shape, dtype=dtype, device="meta")
+    return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty

@@ -42,8 +42,11 @@ class LayoutTracker:
 
     def __init__(self, graph: fx.Graph, inputs: Sequence[str]) -> None:
         self._values: dict[fx.Node, Value] = {}
+        self._reached: set[fx.Node] = set()
         names = set(inputs)
         for node in graph.nodes:
+            if node.name in names or self._is_reached(node):
+                self._reached.add(node)
             self._values[node] = self._visit(node, names)
 
     def layout(self, node: fx.Node) -> Layout:
@@ -53,10 +56,19 @@ class LayoutTracker:
             return value
         return self.unknown(node)
 
+    def _is_reached(self, node: fx.Node) -> bool:
+        """Whether values of an input reach the node."""
+        if getattr(node.target, "overloadpacket", None) in _SHAPE_ONLY:
+            return False
+        return any(source in self._reached for source in node.all_input_nodes)
+
     def unknown(self, node: fx.Node) -> Layout:
-        made_by = f"{node.target} (node '{node.name}')"
+        source = node.args[0] if node.target is operator.getitem else node
+        assert isinstance(source, fx.Node)
+        made_by = f"{source.target} (node '{source.name}')"
         shape = _shape(node.meta["val"])
-        return tuple(unknown_axis(made_by, i, size) for i, size in enumerate(shape))
+        neutral = node not in self._reached
+        return tuple(unknown_axis(made_by, i, size, neutral=neutral) for i, size in enumerate(shape))
 
     def _visit(self, node: fx.Node, inputs: set[str]) -> Value:
         value = node.meta.get("val")
@@ -172,9 +184,9 @@ def _strided(axis: Axis, size: int) -> Axis | None:
         return None
     (digit,) = axis.segments[0]
     patch = axis.size // size
-    if digit.start % patch:
+    if digit.start % patch or digit.modulus % patch:
         return None
-    return Axis.of((Digit(digit.origin, digit.stride * patch, size, digit.start // patch),))
+    return Axis.of((Digit(digit.origin, digit.stride * patch, size, digit.modulus // patch, digit.start // patch),))
 
 
 def _permute(tracker: LayoutTracker, node: fx.Node) -> Value:
@@ -237,12 +249,15 @@ def _unsqueeze(tracker: LayoutTracker, node: fx.Node) -> Value:
 
 
 def _expand(tracker: LayoutTracker, node: fx.Node) -> Value:
+    """expand, repeat: one position repeated says nothing about order."""
     layout = tracker.layout(_source(node))
     shape = _shape(node.meta["val"])
     padded = [ONE] * (len(shape) - len(layout)) + list(layout)
-    return tracker.replace_unknown(
-        node, [axis if axis.size == size else None for axis, size in zip(padded, shape, strict=True)]
-    )
+    axes: list[Axis | None] = []
+    for i, (axis, size) in enumerate(zip(padded, shape, strict=True)):
+        repeated = unknown_axis(str(node.target), i, size, neutral=True) if axis.size == 1 else None
+        axes.append(axis if axis.size == size else repeated)
+    return tracker.replace_unknown(node, axes)
 
 
 def _dim(node: fx.Node, rank: int, position: int, default: int = 0) -> int:
@@ -380,16 +395,19 @@ def _reduce(tracker: LayoutTracker, node: fx.Node) -> Value:
     return tuple(axis for i, axis in enumerate(layout) if i not in reduced)
 
 
-def _repeat(tracker: LayoutTracker, node: fx.Node) -> Value:
-    layout = tracker.layout(_source(node))
-    shape = _shape(node.meta["val"])
-    padded = [ONE] * (len(shape) - len(layout)) + list(layout)
-    blanks = tracker.unknown(node)
-    axes: list[Axis | None] = []
-    for axis, blank, size in zip(padded, blanks, shape, strict=True):
-        axes.append(axis if axis.size == size else blank)
-    return tracker.replace_unknown(node, axes)
-
+# Made from the shape of their input alone.
+_SHAPE_ONLY = {
+    aten.empty_like,
+    aten.zeros_like,
+    aten.ones_like,
+    aten.full_like,
+    aten.rand_like,
+    aten.randn_like,
+    aten.new_empty,
+    aten.new_zeros,
+    aten.new_ones,
+    aten.new_full,
+}
 
 _TRANSFERS: dict[Any, Transfer] = {
     **dict.fromkeys(
@@ -411,7 +429,6 @@ _TRANSFERS: dict[Any, Transfer] = {
             aten.lift_fresh_copy,
             aten.cumsum,
             aten.feature_dropout,
-            aten.empty_like,
         ],
         _same_as_input,
     ),
@@ -435,8 +452,8 @@ _TRANSFERS: dict[Any, Transfer] = {
         _reshape,
     ),
     aten.unsqueeze: _unsqueeze,
-    aten.expand: _expand,
-    aten.cat: _cat,
+    **dict.fromkeys([aten.expand, aten.repeat], _expand),
+    **dict.fromkeys([aten.cat, aten.concat, aten.concatenate], _cat),
     aten.stack: _stack,
     **dict.fromkeys([aten.split, aten.split_with_sizes, aten.chunk, aten.tensor_split], _pieces),
     aten.unbind: _unbind,
@@ -446,5 +463,4 @@ _TRANSFERS: dict[Any, Transfer] = {
     aten.roll: _roll,
     aten.slice_scatter: _slice_scatter,
     **dict.fromkeys([aten.mean, aten.sum, aten.amax, aten.amin, aten.var, aten.std], _reduce),
-    aten.repeat: _repeat,
 }

@@ -133,12 +133,6 @@ def _load(options: dict[str, Any]) -> Program:
     return program
 
 
-def _survey(program: Program, grid: str | None) -> SiteSurvey:
-    from t3compile.pipeline import detect
-
-    return detect(program, grid)
-
-
 def _make_plan(survey: SiteSurvey, schedule: str, min_tokens: int | None) -> Plan:
     from t3compile.plan import MIN_TOKENS, make_plan, parse_schedule
 
@@ -146,25 +140,30 @@ def _make_plan(survey: SiteSurvey, schedule: str, min_tokens: int | None) -> Pla
     return make_plan(survey, parse_schedule(schedule), min_tokens=minimum)
 
 
-def _read_plan(path: Path, survey: SiteSurvey) -> Plan:
+def _read_plan(path: Path) -> Plan:
     from t3compile.plan import Plan
 
     try:
-        plan = Plan.loads(path.read_text(encoding="utf-8"))
+        return Plan.loads(path.read_text(encoding="utf-8"))
     except (OSError, UnicodeDecodeError) as error:
         raise PlanError(f"cannot read the plan '{path}': {error}") from None
-    plan.check_against(survey)
-    return plan
 
 
-def _plan_grid(path: Path | None, grid: str | None) -> str | None:
-    """The grid option, or the one grid of a plan file: a plan made with --grid needs no second --grid."""
-    if grid is not None or path is None or not path.is_file():
-        return grid
-    from t3compile.plan import Plan
+def _survey_and_plan(
+    program: Program, grid: str | None, schedule: str, min_tokens: int | None, plan_file: Path | None
+) -> tuple[SiteSurvey, Plan]:
+    """What was found, and the plan of the file or of the schedule."""
+    from t3compile.pipeline import detect, detect_for
 
-    grids = {site.grid for site in Plan.loads(path.read_text(encoding="utf-8")).sites}
-    return str(grids.pop()) if len(grids) == 1 else None
+    if plan_file is None:
+        survey = detect(program, grid)
+        return survey, _make_plan(survey, schedule, min_tokens)
+    chosen = _read_plan(plan_file)
+    if grid is None:
+        return detect_for(program, chosen), chosen
+    survey = detect(program, grid)
+    chosen.check_against(survey)
+    return survey, chosen
 
 
 def _warn_of_limits(survey: SiteSurvey, plan: Plan) -> None:
@@ -204,9 +203,7 @@ def inspect(grid: str | None, schedule: str, min_tokens: int | None, as_json: bo
     from t3compile.cost import plan_cost
     from t3compile.report import show_cost, show_json, show_plan, show_survey
 
-    program = _load(options)
-    survey = _survey(program, grid)
-    plan = _make_plan(survey, schedule, min_tokens)
+    survey, plan = _survey_and_plan(_load(options), grid, schedule, min_tokens, None)
     costs = plan_cost(survey, plan)
     if as_json:
         show_json({"survey": survey.to_json(), "plan": plan.to_json(), "cost": costs.to_json()})
@@ -238,8 +235,7 @@ def plan(
 
     if output is not None:
         check_writable(output)
-    survey = _survey(_load(options), grid)
-    made = _make_plan(survey, schedule, min_tokens)
+    survey, made = _survey_and_plan(_load(options), grid, schedule, min_tokens, None)
     if output is not None:
         write_text(output, made.dumps())
         say(f"wrote {output}")
@@ -270,8 +266,7 @@ def cost(
     from t3compile.cost import plan_cost
     from t3compile.report import show_cost, show_json, show_site_costs
 
-    survey = _survey(_load(options), _plan_grid(plan_file, grid))
-    chosen = _read_plan(plan_file, survey) if plan_file else _make_plan(survey, schedule, min_tokens)
+    survey, chosen = _survey_and_plan(_load(options), grid, schedule, min_tokens, plan_file)
     costs = plan_cost(survey, chosen)
     if as_json:
         show_json(costs.to_json())
@@ -310,8 +305,7 @@ def rewrite(
 
     check_writable(output)
     program = _load(options)
-    survey = _survey(program, _plan_grid(plan_file, grid))
-    chosen = _read_plan(plan_file, survey) if plan_file else _make_plan(survey, schedule, min_tokens)
+    survey, chosen = _survey_and_plan(program, grid, schedule, min_tokens, plan_file)
     rewritten = rewrite_program(program, chosen, portable=portable)
     report = None
     if do_verify and chosen.rewritten:
@@ -363,7 +357,7 @@ def verify(rewritten: Path, as_json: bool, plan_file: Path | None, **options: An
     program = _load(options)
     result = load_program(rewritten)
     if plan_file is not None:
-        chosen = _read_plan(plan_file, _survey(program, _plan_grid(plan_file, None)))
+        chosen = _read_plan(plan_file)
     elif result.plan is not None:
         chosen = result.plan
     else:
@@ -426,6 +420,8 @@ def export(
                 ("result", "ok" if compared.passed else "FAILED"),
             ]
         show_table("Export", ("what", "value"), rows)
+    for note in report.notes:
+        say(f"warning: {note}")
     if compared is None:
         say(f"not compared with torch: {report.not_compared}")
     sys.exit(0 if compared is None or compared.passed else CHECK_FAILED)

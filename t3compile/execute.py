@@ -5,7 +5,8 @@ So a check never holds all weights; ``float64`` runs the same graph in double pr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +39,8 @@ class _Executor(fx.Interpreter):
         float64: bool,
     ) -> None:
         super().__init__(program.exported.graph_module)
+        # Errors keep their one sentence.
+        self.extra_traceback = False
         self._program = program
         self._inputs = inputs
         self._hooks = hooks
@@ -90,6 +93,17 @@ def _restrided(value: Any, node: fx.Node) -> Any:
     return torch.empty_strided(value.shape, traced.stride(), dtype=value.dtype).copy_(value)
 
 
+@contextmanager
+def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """The dtype of whole numbers times a Python float."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def _widest(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype in _FLOATS else dtype
 
@@ -108,6 +122,6 @@ def execute(
     """
     executor = _Executor(program, inputs, hooks or {}, float64)
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
-    with torch.no_grad():
+    with torch.no_grad(), _default_dtype(torch.float64 if float64 else torch.get_default_dtype()):
         result = executor.run(*(None for _ in placeholders), enable_io_processing=False)
     return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]

@@ -107,12 +107,14 @@ def copy_exported(
 ) -> ExportedProgram:
     """An ExportedProgram with some parts replaced; the given one is untouched and shares its tensors."""
     root = exported.graph_module if graph_module is None else graph_module
+    signature = copy.deepcopy(exported.graph_signature) if signature is None else signature
+    _name_outputs(signature, root.graph)
     with _torch_deprecations_hidden():
         call_graph = copy.deepcopy(exported.module_call_graph)
     return ExportedProgram(
         root=root,
         graph=root.graph,
-        graph_signature=signature or copy.deepcopy(exported.graph_signature),
+        graph_signature=signature,
         state_dict=dict(exported.state_dict if state_dict is None else state_dict),
         range_constraints=exported.range_constraints,
         module_call_graph=call_graph,
@@ -122,12 +124,23 @@ def copy_exported(
     )
 
 
+def _name_outputs(signature: ExportGraphSignature, graph: fx.Graph) -> None:
+    """The signature lists outputs by node name; an edit may have put another node in an output's place."""
+    (returned,) = graph.output_node().args
+    assert isinstance(returned, list | tuple)
+    for spec, node in zip(signature.output_specs, returned, strict=True):
+        if isinstance(node, fx.Node):
+            spec.arg = replace(spec.arg, name=node.name)
+
+
 def copy_graph_module(exported: ExportedProgram) -> fx.GraphModule:
     """A copy of the graph that can be edited; node names are kept, tensors are shared."""
     original = exported.graph_module
     graph = fx.Graph()
     values: dict[fx.Node, fx.Node] = {}
     returned = graph.graph_copy(original.graph, values)
+    for node, copied_node in values.items():
+        copied_node.name = node.name  # fx renames what is called like a Python builtin, such as `input`
     output = graph.output(returned)
     output.meta = dict(original.graph.output_node().meta)
     graph._codegen = copy.deepcopy(original.graph._codegen)
@@ -151,7 +164,7 @@ def trace(
     """
     named = dict(kwargs or {})
     source = source or type(module).__name__
-    fake_args, fake_kwargs = _as_traceable(module, args, named)
+    fake_args, fake_kwargs = _as_traceable(module, *_distinct(args, named))
     try:
         with _torch_deprecations_hidden(), torch.no_grad():
             exported = torch.export.export(module, fake_args, fake_kwargs, strict=False)
@@ -169,6 +182,19 @@ def trace(
         return trace(module, new_args, new_kwargs, weights=kept, source=source)
 
     return Program(exported, weights, source, retrace)
+
+
+def _distinct(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Every input a tensor of its own: torch.export reads one that is given twice from one placeholder only."""
+    seen: set[int] = set()
+
+    def own(x: Tensor) -> Tensor:
+        repeated = id(x) in seen
+        seen.add(id(x))
+        return x.clone() if repeated else x
+
+    distinct_args, distinct_kwargs = pytree.tree_map_only(Tensor, own, (args, kwargs))
+    return distinct_args, distinct_kwargs
 
 
 def _as_traceable(

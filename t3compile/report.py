@@ -53,14 +53,14 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
 
 @contextmanager
 def progress() -> Iterator[Callable[[str], None]]:
-    """A callable that shows the current step: a spinner with elapsed time on a terminal, lines on stderr elsewhere."""
+    """A callable that shows the current step: a moving bar and the time on a terminal, lines on stderr elsewhere."""
     if not sys.stderr.isatty():
         yield lambda step: say(f"... {step}")
         return
     from rich.console import Console
-    from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-    columns = (SpinnerColumn(), TextColumn("{task.description}"), TimeElapsedColumn())
+    columns = (BarColumn(bar_width=20), TimeElapsedColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("starting", total=None)
         yield lambda step: bar.update(task, description=step)

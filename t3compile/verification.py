@@ -8,6 +8,7 @@ the worse of the two), plus one rounding step of the output.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
@@ -27,8 +28,10 @@ from t3compile.ops.reference import (
 from t3compile.plan import Plan, SitePlan
 from t3compile.program import Program
 
-CheckKind = Literal["identity", "site", "model", "pattern"]
+CheckKind = Literal["identity", "site", "model", "pattern", "graph", "weights"]
 _FACTOR = 2.0
+# Errors beyond this share of the reference are no rounding: even where plain PyTorch has them, something is wrong.
+_MEANINGLESS = 0.1
 _PLAIN: tuple[MaskedAttention, ...] = (masked_attention, masked_sdpa)
 
 
@@ -78,21 +81,55 @@ def _error(value: Tensor, reference: Tensor) -> float:
     return float((value.double() - reference.double()).abs().max())
 
 
+def allowed_error(plain_error: float, rounding: float, magnitude: float) -> float:
+    """Twice plain PyTorch's error and one rounding step, but never so much that agreement would mean nothing."""
+    return min(_FACTOR * plain_error + rounding, _MEANINGLESS * magnitude)
+
+
+def worst(*errors: float) -> float:
+    """The largest error, NaN if one is; max() would lose it."""
+    return math.nan if any(map(math.isnan, errors)) else max(errors, default=0.0)
+
+
 def _derived_check(kind: CheckKind, name: str, ours: Tensor, plain: Sequence[Tensor], reference: Tensor) -> Check:
     """Our error beside the worst of the plain PyTorch results."""
     magnitude = _largest(reference)
     rounding = torch.finfo(ours.dtype).eps * magnitude
     plain_error = max(_error(value, reference) for value in plain)
-    allowed = _FACTOR * plain_error + rounding
-    return Check(kind, name, _error(ours, reference), allowed, magnitude)
+    return Check(kind, name, _error(ours, reference), allowed_error(plain_error, rounding, magnitude), magnitude)
 
 
 def check_identity(program: Program, identity: Program, inputs: Mapping[str, Tensor]) -> Check:
     """``identity`` is the program rewritten with splits (1,1,1): its outputs must be the same bits."""
     before, after = execute(program, inputs), execute(identity, inputs)
-    error = max((_error(a, b) for a, b in zip(after, before, strict=True)), default=0.0)
+    error = worst(*(_error(a, b) for a, b in zip(after, before, strict=True)))
     magnitude = max((_largest(x) for x in before), default=0.0)
     return Check("identity", "splits (1,1,1) against the original", error, 0.0, magnitude)
+
+
+def check_graph(expected: Program, rewritten: Program) -> Check:
+    """``rewritten`` has the operations, wiring and arguments of ``expected``, the plan carried out anew."""
+    differs = float(expected.fingerprint() != rewritten.fingerprint())
+    return Check("graph", "rewritten graph against the plan", differs, 0.0, 1.0)
+
+
+def check_weights(program: Program, rewritten: Program) -> Check:
+    """The weights are the same bits; read one by one."""
+    name = "weights against the original's"
+    if rewritten.weights is program.weights:
+        return Check("weights", name, 0.0, 0.0, 0.0)
+    if set(rewritten.weights.names()) != set(program.weights.names()):
+        return Check("weights", f"{name}: other names", 1.0, 0.0, 0.0)
+    error = magnitude = 0.0
+    for weight in program.weights.names():
+        before, after = program.weights.load(weight).detach(), rewritten.weights.load(weight).detach()
+        magnitude = max(magnitude, _largest(before))
+        if torch.equal(before, after):
+            continue
+        if before.shape != after.shape or before.dtype != after.dtype:
+            return Check("weights", f"{name}: '{weight}' has another shape or dtype", 1.0, 0.0, magnitude)
+        error = worst(error, _error(after, before))
+    return Check("weights", name, error, 0.0, magnitude)
 
 
 def check_rewritten(program: Program, rewritten: Program, plan: Plan, inputs: Mapping[str, Tensor]) -> list[Check]:

@@ -78,7 +78,7 @@ class RandomWeights:
         shape, dtype = self.shapes[name]
         digest = hashlib.sha256(f"{self.seed}/{name}".encode()).digest()
         generator = torch.Generator().manual_seed(int.from_bytes(digest[:7], "big"))
-        noise = torch.randn(shape, generator=generator)
+        noise = torch.randn(shape, generator=generator, dtype=torch.float32)
         if len(shape) <= 1:
             offset = 1.0 if name.endswith("weight") else 0.0
             return (offset + 0.02 * noise).to(dtype)

@@ -39,6 +39,10 @@ class WindowAttentionArgs:
     suffix: int = 0
     scale: float | None = None
 
+    def __post_init__(self) -> None:
+        if self.prefix < 0 or self.suffix < 0:
+            raise ValueError(f"{_NAME}: prefix {self.prefix} and suffix {self.suffix} must not be negative")
+
     @property
     def extra_tokens(self) -> int:
         return self.prefix + self.suffix
@@ -122,7 +126,7 @@ class WindowAttention(nn.Module):
 def _stack_branches(x: Tensor, grid: TokenGrid, splits: Splits, branches: tuple[Branch, ...], box: Box) -> Tensor:
     """[M, T, H, W, D] -> [branches, M*windows, window tokens, D], with one copy per branch."""
     grouped = [group(x, grid, splits, branch, box) for branch in branches]
-    stacked = grouped[0].unsqueeze(0) if len(grouped) == 1 else torch.cat(grouped, 0)
+    stacked = grouped[0] if len(grouped) == 1 else torch.cat(grouped, 0)
     return stacked.reshape(len(branches), -1, box.window_tokens, x.shape[-1])
 
 

@@ -1,0 +1,139 @@
+"""A result appears whole or not at all, and what cannot be written is refused before any work."""
+
+from __future__ import annotations
+
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from t3compile.errors import OutputError
+from t3compile.files import check_writable, staged_outputs, write_text
+
+
+def test_all_files_appear_together_and_the_stage_goes(tmp_path: Path) -> None:
+    path = tmp_path / "model.onnx"
+    with staged_outputs(path) as stage:
+        assert stage.parent == tmp_path
+        (stage / "model.onnx").write_text("graph")
+        (stage / "model.onnx.data").write_text("weights")
+        assert [file.name for file in tmp_path.iterdir()] == [stage.name]
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["model.onnx", "model.onnx.data"]
+    assert path.read_text() == "graph"
+
+
+def test_the_named_file_is_moved_last(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What it refers to is there first, whatever the names sort to."""
+    moved = []
+    replace = os.replace
+
+    def watched(source: Any, target: Any) -> None:
+        moved.append(Path(target).name)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", watched)
+    with staged_outputs(tmp_path / "a") as stage:
+        for name in ("a", "a.data", "b"):
+            (stage / name).write_text(name)
+    assert moved[-1] == "a"
+    assert sorted(moved) == ["a", "a.data", "b"]
+
+
+@pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt(), SystemExit(3), MemoryError()])
+def test_an_interrupted_write_leaves_nothing_and_keeps_the_old_file(tmp_path: Path, error: BaseException) -> None:
+    path = tmp_path / "model.onnx"
+    path.write_text("old")
+
+    def write() -> None:
+        with staged_outputs(path) as stage:
+            (stage / "model.onnx").write_text("half")
+            (stage / "model.onnx.data").write_text("half")
+            raise error
+
+    with pytest.raises(type(error)) as raised:
+        write()
+    assert raised.value is error
+    assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
+    assert path.read_text() == "old"
+
+
+def test_an_existing_file_is_replaced(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    write_text(path, "one")
+    write_text(path, "zwei ü")
+    assert path.read_bytes() == "zwei ü".encode()
+    assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_a_full_disk_is_an_error_of_ours(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
+    with (
+        pytest.raises(OutputError, match=r"cannot write '.*plan\.json': No space left on device"),
+        staged_outputs(path),
+    ):
+        raise OSError(28, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_is_no_output(tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    with pytest.raises(OutputError, match=r"cannot write '.*out': it is a folder; give a file name"):
+        check_writable(tmp_path / "out")
+
+
+def test_a_missing_folder_is_named(tmp_path: Path) -> None:
+    with pytest.raises(OutputError, match=r"x\.json': the folder '.*/no/such' does not exist"):
+        check_writable(tmp_path / "no" / "such" / "x.json")
+    with pytest.raises(OutputError, match="does not exist"), staged_outputs(tmp_path / "no" / "x.json"):
+        pytest.fail("the block must not run")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_is_no_folder(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(OutputError, match="does not exist"):
+        check_writable(tmp_path / "file" / "x.json")
+
+
+def test_a_read_only_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "sealed"
+    folder.mkdir()
+    folder.chmod(0o500)
+    if os.access(folder, os.W_OK):
+
+        def refuse(*_: Any, **__: Any) -> None:
+            raise PermissionError(13, "Permission denied")
+
+        # root writes anywhere.
+        monkeypatch.setattr(tempfile, "TemporaryFile", refuse)
+    try:
+        with pytest.raises(OutputError, match=r"cannot write '.*x\.json': Permission denied in '.*sealed'"):
+            check_writable(folder / "x.json")
+    finally:
+        folder.chmod(0o700)
+
+
+def test_checking_leaves_no_trace(tmp_path: Path) -> None:
+    (tmp_path / "old").write_text("old")
+    check_writable(tmp_path / "new")
+    check_writable(tmp_path / "old")
+    assert [file.name for file in tmp_path.iterdir()] == ["old"]
+    assert (tmp_path / "old").read_text() == "old"
+
+
+def test_a_bare_name_is_written_to_the_current_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    write_text(Path("plan.json"), "{}")
+    assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
+
+
+def test_written_files_obey_the_umask(tmp_path: Path) -> None:
+    """Staging must not make results private: another user, or a container, reads them."""
+    old = os.umask(0o022)
+    try:
+        write_text(tmp_path / "plan.json", "{}")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "plan.json").stat().st_mode & 0o777 == 0o644

@@ -1,0 +1,516 @@
+"""Editing passes: what they write, where they must not fire, and that a second run changes nothing."""
+
+from __future__ import annotations
+
+import copy
+import subprocess
+import sys
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, fx, nn
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils import _pytree as pytree
+
+import t3compile
+from t3compile.errors import ExportError, PlanError, RewriteError
+from t3compile.geometry import Splits, TokenGrid
+from t3compile.ops import WINDOW_ATTENTION
+from t3compile.passes.forward_copies import ForwardCopies
+from t3compile.passes.graph_pass import GraphPass, remove_unused
+from t3compile.passes.interleave_slices import InterleaveSlices
+from t3compile.passes.lower_window_attention import LowerWindowAttention
+from t3compile.passes.mix_precision import MixPrecision
+from t3compile.passes.rewrite_attention import RewriteAttention
+from t3compile.pattern import WindowPattern
+from t3compile.plan import Plan
+from t3compile.program import Program, trace
+from tests.tiny_models import HandWrittenDiT, tiny_wan
+
+aten = torch.ops.aten
+SPLITS = [(3, 1, 1), (1, 2, 3), (2, 2, 2)]
+
+
+def count(program: Program, *packets: Any) -> int:
+    return sum(getattr(node.target, "overloadpacket", None) in packets for node in program.graph.nodes)
+
+
+def run(program: Program, *inputs: Tensor) -> Tensor:
+    with torch.no_grad():
+        out: Tensor = program.module()(*inputs)
+    return out
+
+
+def assert_idempotent(made: GraphPass, program: Program) -> Program:
+    """The pass fires, leaves the given program as it was, and does nothing on its own result."""
+    before, text = program.fingerprint(), str(program.graph)
+    first = made(program)
+    assert first.modified
+    assert (program.fingerprint(), str(program.graph)) == (before, text)
+    second = made(first.program)
+    assert not second.modified
+    assert second.program is first.program
+    return first.program
+
+
+def assert_does_not_fire(made: GraphPass, program: Program) -> None:
+    result = made(program)
+    assert not result.modified
+    assert result.program is program
+
+
+@pytest.fixture(scope="module")
+def model() -> HandWrittenDiT:
+    torch.manual_seed(0)
+    return HandWrittenDiT(layers=3).eval()
+
+
+@pytest.fixture(scope="module")
+def program(model: HandWrittenDiT) -> Program:
+    return trace(model, model.example_inputs())
+
+
+@pytest.fixture(scope="module")
+def plan(program: Program) -> Plan:
+    return t3compile.make_plan(t3compile.detect(program), SPLITS)
+
+
+@pytest.fixture(scope="module")
+def rewritten(program: Program, plan: Plan) -> Program:
+    return t3compile.rewrite(program, plan)
+
+
+class OneAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.patchify = nn.Conv3d(1, 4, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q = self.patchify(x).flatten(2).transpose(1, 2).unsqueeze(1)
+        return scaled_dot_product_attention(q, q, q, scale=0.5)
+
+
+GOLDEN_BEFORE = """\
+graph():
+    %p_patchify_weight : [num_users=1] = placeholder[target=p_patchify_weight]
+    %p_patchify_bias : [num_users=1] = placeholder[target=p_patchify_bias]
+    %x : [num_users=1] = placeholder[target=x]
+    %conv3d : [num_users=1] = call_function[target=torch.ops.aten.conv3d.default]\
+(args = (%x, %p_patchify_weight, %p_patchify_bias), kwargs = {})
+    %view : [num_users=1] = call_function[target=torch.ops.aten.view.default]\
+(args = (%conv3d, [1, 4, 24]), kwargs = {})
+    %transpose : [num_users=1] = call_function[target=torch.ops.aten.transpose.int]\
+(args = (%view, 1, 2), kwargs = {})
+    %unsqueeze : [num_users=1] = call_function[target=torch.ops.aten.unsqueeze.default]\
+(args = (%transpose, 1), kwargs = {})
+"""
+GOLDEN_FULL = """\
+    %scaled_dot_product_attention : [num_users=1] = \
+call_function[target=torch.ops.aten.scaled_dot_product_attention.default]\
+(args = (%unsqueeze, %unsqueeze, %unsqueeze), kwargs = {scale: 0.5})
+    return (scaled_dot_product_attention,)"""
+GOLDEN_WINDOWS = """\
+    %window_attention_default : [num_users=1] = call_function[target=torch.ops.t3.window_attention.default]\
+(args = (%unsqueeze, %unsqueeze, %unsqueeze, [2, 3, 4], [1, 3, 2], local+dilated, 0, 0, 0.5), kwargs = {})
+    return (window_attention_default,)"""
+
+
+def test_rewrite_golden_graph() -> None:
+    program = trace(OneAttention(), (torch.randn(1, 1, 2, 3, 4),))
+    assert str(program.graph).strip() == GOLDEN_BEFORE + GOLDEN_FULL
+    plan = t3compile.make_plan(t3compile.detect(program), [(1, 3, 2)])
+    assert str(t3compile.rewrite(program, plan).graph).strip() == GOLDEN_BEFORE + GOLDEN_WINDOWS
+
+
+def test_rewrite_replaces_the_planned_calls_and_no_other(program: Program, rewritten: Program) -> None:
+    assert count(program, aten.scaled_dot_product_attention) == 6
+    assert count(rewritten, aten.scaled_dot_product_attention) == 3
+    assert count(rewritten, WINDOW_ATTENTION.overloadpacket) == 3
+    written = [node.args[3:5] for node in rewritten.graph.nodes if node.target is WINDOW_ATTENTION]
+    assert written == [([3, 4, 4], list(splits)) for splits in SPLITS]
+
+
+def test_rewrite_is_idempotent_and_leaves_the_original(program: Program, plan: Plan) -> None:
+    result = assert_idempotent(RewriteAttention(plan), program)
+    assert program.plan is None
+    assert result.plan == plan
+
+
+def test_rewrite_shares_the_weights_and_keeps_the_signature(
+    model: HandWrittenDiT, program: Program, rewritten: Program
+) -> None:
+    original = dict(model.named_parameters())
+    written = rewritten.load_weights()
+    assert {name: x.data_ptr() for name, x in written.items()} == {n: x.data_ptr() for n, x in original.items()}
+    for attribute in ("user_inputs", "user_outputs", "parameters", "buffers"):
+        before = getattr(program.exported.graph_signature, attribute)
+        after = getattr(rewritten.exported.graph_signature, attribute)
+        assert len(before) == len(after)
+        if attribute != "user_outputs":
+            assert before == after
+    assert program.exported.call_spec == rewritten.exported.call_spec
+    assert run(rewritten, *model.example_inputs()).shape == model.example_inputs()[0].shape
+
+
+def test_rewrite_with_one_window_is_the_original_bit_for_bit(
+    model: HandWrittenDiT, program: Program, plan: Plan
+) -> None:
+    identity = t3compile.rewrite(program, plan.with_pattern(WindowPattern(Splits(1, 1, 1))))
+    assert count(identity, WINDOW_ATTENTION.overloadpacket) == 3
+    with torch.no_grad():
+        assert torch.equal(run(identity, *model.example_inputs()), model(*model.example_inputs()))
+
+
+def test_rewrite_changes_the_function(model: HandWrittenDiT, rewritten: Program) -> None:
+    inputs = model.example_inputs()
+    with torch.no_grad():
+        assert not torch.allclose(run(rewritten, *inputs), model(*inputs), atol=1e-4)
+
+
+def test_rewrite_leaves_sites_full_that_the_plan_leaves_full(program: Program, plan: Plan) -> None:
+    first, *others = plan.sites
+    partly = replace(plan, sites=(replace(first, pattern=None, reason="by hand"), *others))
+    result = t3compile.rewrite(program, partly)
+    assert count(result, WINDOW_ATTENTION.overloadpacket) == 2
+    assert first.node in {node.name for node in result.graph.nodes}
+    nothing = replace(plan, sites=tuple(replace(site, pattern=None) for site in plan.sites))
+    assert_does_not_fire(RewriteAttention(nothing), program)
+
+
+def test_rewrite_refuses_what_the_plan_was_not_made_for(program: Program, plan: Plan, rewritten: Program) -> None:
+    other = HandWrittenDiT(layers=2).eval()
+    with pytest.raises(PlanError, match=f"made for another graph .fingerprint {plan.fingerprint[:12]}, this graph has"):
+        t3compile.rewrite(trace(other, other.example_inputs()), plan)
+    with pytest.raises(PlanError, match="rewritten already, with another plan"):
+        t3compile.rewrite(rewritten, plan.with_pattern(WindowPattern(Splits(1, 1, 2))))
+    first, *others = plan.sites
+    with pytest.raises(PlanError, match="names 'linear', which is no attention call"):
+        t3compile.rewrite(program, replace(plan, sites=(replace(first, node="linear"), *others)))
+    longer = replace(first, grid=TokenGrid(3, 4, 5), prefix=1)
+    with pytest.raises(PlanError, match="grid 3x4x5, prefix 1 and suffix 0 make 61 tokens, but the sequence has 48"):
+        t3compile.rewrite(program, replace(plan, sites=(longer, *others)))
+
+
+def test_rewrite_refuses_a_planned_call_with_a_mask() -> None:
+    class Causal(OneAttention):
+        def forward(self, x: Tensor) -> Tensor:
+            q = self.patchify(x).flatten(2).transpose(1, 2).unsqueeze(1)
+            return scaled_dot_product_attention(q, q, q, is_causal=True)
+
+    x = torch.randn(1, 1, 2, 3, 4)
+    plan = t3compile.make_plan(t3compile.detect(trace(OneAttention(), (x,))), [(1, 3, 2)])
+    program = trace(Causal(), (x,))
+    with pytest.raises(PlanError, match="has a mask, is causal or uses dropout"):
+        t3compile.rewrite(program, replace(plan, fingerprint=program.fingerprint()))
+
+
+def test_saved_rewritten_program_comes_back_with_its_plan(
+    model: HandWrittenDiT, rewritten: Program, plan: Plan, tmp_path: Path
+) -> None:
+    path = rewritten.save(tmp_path / "model.pt2")
+    loaded = t3compile.load_program(path)
+    assert loaded.plan == plan
+    assert loaded.fingerprint() == rewritten.fingerprint()
+    assert torch.equal(run(loaded, *model.example_inputs()), run(rewritten, *model.example_inputs()))
+
+
+def test_lowering_gives_the_same_bits(model: HandWrittenDiT, rewritten: Program) -> None:
+    lowered = assert_idempotent(LowerWindowAttention(), rewritten)
+    assert count(lowered, WINDOW_ATTENTION.overloadpacket) == 0
+    # three cross-attentions; one call for (3,1,1), two for (1,2,3) as 4 = 2 + 1 + 1, two for (2,2,2) as 3 = 2 + 1
+    assert count(lowered, aten.scaled_dot_product_attention) == 3 + 1 + 2 + 2
+    assert torch.equal(run(lowered, *model.example_inputs()), run(rewritten, *model.example_inputs()))
+    for node in lowered.graph.nodes:
+        value = node.meta.get("val")
+        assert not isinstance(value, Tensor) or value.dim() <= 8
+
+
+def test_lowering_gives_the_same_bits_of_the_published_architecture() -> None:
+    wan, inputs = tiny_wan(layers=1, grid=(3, 3, 5))
+    program = trace(wan, (), inputs)
+    rewritten = t3compile.rewrite(program, t3compile.make_plan(t3compile.detect(program), [(1, 2, 2)]))
+    lowered = LowerWindowAttention()(rewritten).program
+    with torch.no_grad():
+        ours, op = lowered.module()(**inputs), rewritten.module()(**inputs)
+    for a, b in zip(pytree.tree_leaves(ours), pytree.tree_leaves(op), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_lowering_does_not_fire_without_the_op(program: Program) -> None:
+    assert_does_not_fire(LowerWindowAttention(), program)
+
+
+LOAD_WITH_TORCH_ALONE = """
+import sys
+
+class Blocked:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] == "t3compile":
+            raise ImportError("t3compile is blocked")
+
+sys.meta_path.insert(0, Blocked())
+import torch
+torch.save(torch.export.load("portable.pt2").module()(*torch.load("in.pt")), "out.pt")
+assert not any(name.split(".")[0] == "t3compile" for name in sys.modules)
+try:
+    torch.export.load("with_op.pt2")
+except Exception:
+    sys.exit(7)
+"""
+
+
+def test_only_the_portable_file_loads_with_torch_alone(
+    model: HandWrittenDiT, rewritten: Program, tmp_path: Path
+) -> None:
+    t3compile.rewrite(rewritten, rewritten.plan, portable=True).save(tmp_path / "portable.pt2")
+    rewritten.save(tmp_path / "with_op.pt2")
+    torch.save(model.example_inputs(), tmp_path / "in.pt")
+    command = [sys.executable, "-c", LOAD_WITH_TORCH_ALONE]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert result.returncode == 7, result.stderr
+    assert "failed to resolve torch.ops.t3.window_attention" in result.stderr
+    assert torch.equal(torch.load(tmp_path / "out.pt"), run(rewritten, *model.example_inputs()))
+
+
+class Function(nn.Module):
+    def __init__(self, function: Callable[..., Tensor]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.function(*inputs)
+
+
+A, B, C = (torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(seed)) for seed in range(3))
+
+
+def scattered(writes: Iterable[tuple[int, int]], *, step: int, dim: int = 2, size: int = 8) -> Callable[..., Tensor]:
+    """Writes input i to every `step`-th position from `start` of a new tensor."""
+
+    def function(*inputs: Tensor) -> Tensor:
+        shape = list(inputs[0].shape)
+        shape[dim] = size
+        out = inputs[0].new_zeros(shape)
+        for start, i in writes:
+            out = torch.slice_scatter(out, inputs[i], dim, start, None, step)
+        return out
+
+    return function
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        scattered([(0, 0), (1, 1)], step=2),
+        scattered([(1, 1), (0, 0)], step=2),
+        scattered([(2, 1), (0, 2), (1, 0)], step=3, size=12),
+        scattered([(0, 0), (1, 1)], step=2, dim=1, size=6),
+        scattered([(0, 0), (1, 1)], step=2, dim=-1),
+    ],
+)
+def test_interleave_fires_on_complete_chains(function: Callable[..., Tensor]) -> None:
+    program = trace(Function(function), (A, B, C))
+    result = assert_idempotent(InterleaveSlices(), program)
+    assert count(result, aten.slice_scatter) == 0
+    assert count(result, aten.stack) == 1
+    assert torch.equal(run(result, A, B, C), function(A, B, C))
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        scattered([(0, 0)], step=2),
+        scattered([(0, 0), (0, 1)], step=2),
+        scattered([(0, 0), (2, 1)], step=3, size=12),
+        lambda a, b, c: torch.slice_scatter(torch.slice_scatter(c, a[..., :2], 2, 0, None, 2), b[..., :2], 2, 2, 4),
+        lambda a, b, c: torch.slice_scatter(torch.slice_scatter(c, a[:, :, :2], 2, 0, None, 2), b[:1], 0, 1, None, 2),
+        lambda a, b, c: torch.slice_scatter(c, a, 2, 0, None, 1),
+        lambda a, b, c: torch.slice_scatter(torch.slice_scatter(c, a[..., :1], 2, 0, 2, 2), b[..., :2], 2, 1, None, 2),
+    ],
+)
+def test_interleave_does_not_fire_on_incomplete_chains(function: Callable[..., Tensor]) -> None:
+    program = trace(Function(function), (A, B, C))
+    assert count(program, aten.slice_scatter) > 0
+    assert_does_not_fire(InterleaveSlices(), program)
+
+
+def test_interleave_fires_on_the_rope_of_the_published_architecture() -> None:
+    wan, inputs = tiny_wan(layers=1)
+    program = trace(wan, (), inputs)
+    assert count(program, aten.slice_scatter) == 4
+    result = InterleaveSlices()(ForwardCopies()(program).program).program
+    assert count(result, aten.slice_scatter) == 0
+    with torch.no_grad():
+        before, after = program.module()(**inputs), result.module()(**inputs)
+    for a, b in zip(pytree.tree_leaves(before), pytree.tree_leaves(after), strict=True):
+        assert torch.equal(a, b)
+
+
+def test_forward_copies_fires_where_the_source_is_the_copy() -> None:
+    def function(a: Tensor, b: Tensor) -> Tensor:
+        return aten.copy.default(a, b * 2) + 1
+
+    program = trace(Function(function), (A, B))
+    assert count(program, aten.copy) == 1
+    result = assert_idempotent(ForwardCopies(), program)
+    assert count(result, aten.copy) == 0
+    assert torch.equal(run(result, A, B), B * 2 + 1)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [lambda a, b: aten.copy.default(a, b[:, :, :1]), lambda a, b: aten.copy.default(a, b.double())],
+    ids=["broadcasts", "casts"],
+)
+def test_forward_copies_does_not_fire_where_shape_or_dtype_change(function: Callable[..., Tensor]) -> None:
+    program = trace(Function(function), (A, B))
+    assert count(program, aten.copy) == 1
+    assert_does_not_fire(ForwardCopies(), program)
+
+
+def half_error_bound(model: nn.Module, inputs: tuple[Tensor, ...], half: torch.dtype) -> tuple[float, Tensor]:
+    """Twice the error of torch's own autocast, which runs the same calls in half, and the float64 output."""
+    exact = copy.deepcopy(model).double()(*(x.double() for x in inputs))
+    with torch.autocast("cpu", half):
+        plain = model(*inputs)
+    rounding = torch.finfo(half).eps * float(exact.abs().max())
+    return 2 * float((plain.double() - exact).abs().max()) + rounding, exact
+
+
+class Mlp(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(16)
+        self.up, self.down = nn.Linear(16, 32), nn.Linear(32, 16)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.down(torch.nn.functional.silu(self.up(self.norm(x)))) + self.down.bias
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_mix_precision_stores_products_in_half_and_keeps_the_rest(dtype: str) -> None:
+    torch.manual_seed(0)
+    module, x, half = Mlp().eval(), torch.randn(2, 5, 16), getattr(torch, dtype)
+    program = trace(module, (x,))
+    result = assert_idempotent(MixPrecision(dtype), program)
+    weights = result.load_weights()
+    dtypes = {name: tensor.dtype for name, tensor in weights.items()}
+    narrow = {"up.weight", "up.bias", "down.weight"}  # down.bias is added in float32 too
+    assert {name for name, d in dtypes.items() if d == half} == narrow
+    assert all(d == torch.float32 for name, d in dtypes.items() if name not in narrow)
+    assert all(torch.equal(weights[name], module.get_parameter(name).to(weights[name].dtype)) for name in weights)
+    by_call: dict[Any, set[torch.dtype]] = {}
+    for node in result.graph.nodes:
+        if isinstance(node.meta.get("val"), Tensor):
+            by_call.setdefault(getattr(node.target, "overloadpacket", None), set()).add(node.meta["val"].dtype)
+    assert by_call[aten.linear] == {half}
+    assert by_call[aten.layer_norm] == by_call[aten.silu] == by_call[aten.add] == {torch.float32}
+    out = run(result, x)
+    assert out.dtype == torch.float32
+    with torch.no_grad():
+        allowed, exact = half_error_bound(module, (x,), half)
+    assert 0 < float((out.double() - exact).abs().max()) <= allowed
+
+
+def test_mix_precision_of_a_rewritten_model(model: HandWrittenDiT, rewritten: Program) -> None:
+    result = MixPrecision("bfloat16")(rewritten).program
+    values = [node.meta["val"].dtype for node in result.graph.nodes if node.target is WINDOW_ATTENTION]
+    assert values == [torch.bfloat16] * 3
+    inputs = model.example_inputs()
+    out, exact = run(result, *inputs), run(rewritten, *inputs)
+    assert out.dtype == torch.float32
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        plain = rewritten.module()(*inputs)
+    allowed = 2 * float((plain - exact).abs().max()) + torch.finfo(torch.bfloat16).eps * float(exact.abs().max())
+    assert 0 < float((out - exact).abs().max()) <= allowed
+
+
+def test_mix_precision_does_not_fire_without_float32_products() -> None:
+    assert_does_not_fire(MixPrecision(), trace(nn.LayerNorm(4), (A,)))
+    assert_does_not_fire(MixPrecision(), trace(nn.Linear(4, 4).half(), (A.half(),)))
+
+
+def test_mix_precision_refuses_another_half() -> None:
+    program = trace(nn.Linear(4, 4).bfloat16(), (A.bfloat16(),))
+    with pytest.raises(ExportError, match="traced in bfloat16 and cannot be exported in float16"):
+        MixPrecision("float16")(program)
+
+
+def test_remove_unused_drops_chains_and_keeps_what_is_used_or_has_effects() -> None:
+    graph = fx.Graph()
+    x, unused = graph.placeholder("x"), graph.placeholder("unused")
+    dead = graph.call_function(aten.relu.default, (unused,))
+    graph.call_function(aten.neg.default, (dead,))
+    kept = graph.call_function(aten.neg.default, (x,))
+    effect = graph.call_function(aten.add_.Tensor, (x, 1))
+    graph.output(kept)
+    remove_unused(graph)
+    assert [node.name for node in graph.nodes] == ["x", "unused", kept.name, effect.name, "output"]
+
+
+def test_a_call_that_is_the_output_may_be_replaced() -> None:
+    """Lowering, copies and casts too: the signature names outputs by node."""
+    attention = trace(OneAttention(), (torch.randn(1, 1, 2, 3, 4),))
+    rewritten = t3compile.rewrite(attention, t3compile.make_plan(t3compile.detect(attention), [(1, 3, 2)]))
+    copied = trace(Function(lambda a, b: aten.copy.default(a, b * 2)), (A, B))
+    product = trace(nn.Linear(4, 4), (A,))
+    for made, program in [(LowerWindowAttention(), rewritten), (ForwardCopies(), copied), (MixPrecision(), product)]:
+        result = assert_idempotent(made, program)
+        inputs = result.example_inputs[0]
+        assert run(result, *inputs).shape == run(program, *inputs).shape
+        assert run(result, *inputs).dtype == torch.float32
+
+
+def test_inputs_may_be_called_like_python_builtins() -> None:
+    class Named(OneAttention):
+        def forward(self, input: Tensor, id: Tensor) -> Tensor:
+            return super().forward(input) * id
+
+    program = trace(Named(), (torch.randn(1, 1, 2, 3, 4), torch.ones(1)))
+    rewritten = t3compile.rewrite(program, t3compile.make_plan(t3compile.detect(program), [(1, 3, 2)]))
+    placeholders = [node.name for node in rewritten.graph.nodes if node.op == "placeholder"]
+    assert placeholders[-2:] == ["input", "id"]
+    assert run(rewritten, *program.example_inputs[0]).shape == (1, 1, 24, 4)
+
+
+@pytest.mark.parametrize("change", ["add", "rename"])
+def test_a_pass_that_changes_the_inputs_is_stopped(program: Program, change: str) -> None:
+    class Breaks(GraphPass):
+        def apply(self, graph_module: fx.GraphModule, program: Program) -> bool:
+            node = next(n for n in graph_module.graph.nodes if n.name == "b_rope_cos")
+            node._rename("other")
+            return True
+
+    class AddsInput(GraphPass):
+        def apply(self, graph_module: fx.GraphModule, program: Program) -> bool:
+            with graph_module.graph.inserting_before(next(iter(graph_module.graph.nodes))):
+                graph_module.graph.placeholder("more")
+            return True
+
+    with pytest.raises(RewriteError, match="changed the inputs"):
+        (Breaks if change == "rename" else AddsInput)()(program)
+
+
+def test_rewritten_model_trains() -> None:
+    torch.manual_seed(0)
+    model = HandWrittenDiT(layers=3, grid=(3, 4, 3))
+    inputs = model.example_inputs()
+    program = trace(model, inputs)
+    module = t3compile.rewrite(program, t3compile.make_plan(t3compile.detect(program), SPLITS)).module()
+    target = torch.randn(inputs[0].shape, generator=torch.Generator().manual_seed(2))
+    optimizer = torch.optim.SGD(module.parameters(), lr=0.02)
+    losses = []
+    for _ in range(6):
+        optimizer.zero_grad()
+        loss = (module(*inputs) - target).square().mean()
+        loss.backward()
+        losses.append(float(loss.detach()))
+        gradients = {name: p.grad for name, p in module.named_parameters()}
+        assert all(g is not None and g.isfinite().all() for g in gradients.values()), gradients.keys()
+        assert all(bool(g.any()) for g in gradients.values() if g is not None)
+        optimizer.step()
+    assert losses == sorted(set(losses), reverse=True)

@@ -1,0 +1,386 @@
+"""t3::window_attention against an independent reference, against dense masks, and as a torch operator."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from einops import rearrange
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import t3compile.ops.window_attention as implementation
+from t3compile.errors import PatternError
+from t3compile.geometry import Splits, TokenGrid
+from t3compile.ops import WINDOW_ATTENTION, WindowAttentionArgs
+from t3compile.ops.reference import branch_mask, masked_attention, masked_sdpa, reference_window_attention
+from t3compile.ops.regroup import boxes, group, ungroup
+from t3compile.pattern import BRANCHES, Branch, WindowPattern
+
+Triple = tuple[int, int, int]
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> Tensor:
+    scores = torch.einsum("...id,...jd->...ij", q, k) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    return torch.einsum("...ij,...jd->...id", scores.softmax(-1), v)
+
+
+WHOLE = {
+    "local": "b n (nt wt nh wh nw ww) d",
+    "dilated": "b n (wt nt wh nh ww nw) d",
+}
+BY_WINDOW = "(b nt nh nw) n (wt wh ww) d"
+
+
+def grouped_attention(q: Tensor, k: Tensor, v: Tensor, grid: Triple, splits: Triple) -> Tensor:
+    """The paper's layer on a divisible grid: tokens grouped with einops, dense attention per window, mean."""
+    counts = dict(zip(("nt", "nh", "nw"), splits, strict=True))
+    sizes = {f"w{axis}": length // counts[f"n{axis}"] for axis, length in zip("thw", grid, strict=True)}
+    outputs = []
+    for whole in WHOLE.values():
+        windows = [rearrange(x, f"{whole} -> {BY_WINDOW}", **counts, **sizes) for x in (q, k, v)]
+        out = attend(*windows)
+        outputs.append(rearrange(out, f"{BY_WINDOW} -> {whole}", b=q.shape[0], **counts, **sizes))
+    return (outputs[0] + outputs[1]) / 2
+
+
+def random_qkv(
+    tokens: int, *, batch: int = 1, heads: int = 2, depth: int = 8, value_depth: int = 8, seed: int = 0
+) -> tuple[Tensor, Tensor, Tensor]:
+    """float64 q, k, v [B, N, S, D]; values that float16 holds exactly, so that casting them adds no error."""
+    generator = torch.Generator().manual_seed(seed)
+    shapes = [(batch, heads, tokens, d) for d in (depth, depth, value_depth)]
+    q, k, v = (torch.randn(shape, generator=generator).to(torch.bfloat16).double() for shape in shapes)
+    return q, k, v
+
+
+def args_of(
+    grid: Triple,
+    splits: Triple,
+    branches: tuple[Branch, ...] = BRANCHES,
+    prefix: int = 0,
+    suffix: int = 0,
+    scale: float | None = None,
+) -> WindowAttentionArgs:
+    return WindowAttentionArgs(TokenGrid(*grid), WindowPattern(Splits(*splits), branches), prefix, suffix, scale)
+
+
+def reference(q: Tensor, k: Tensor, v: Tensor, args: WindowAttentionArgs, **options: Any) -> Tensor:
+    options |= {"prefix": args.prefix, "suffix": args.suffix, "scale": args.scale}
+    return reference_window_attention(q, k, v, grid=args.grid, pattern=args.pattern, **options)
+
+
+def largest(x: Tensor) -> float:
+    return float(x.double().abs().max())
+
+
+def assert_as_good_as_plain(ours: Tensor, plain: list[Tensor], exact: Tensor) -> None:
+    """At most twice the error of plain PyTorch in the same dtype, plus one rounding step of the output."""
+    assert ours.dtype == plain[0].dtype != torch.float64
+    allowed = 2 * max(largest(x.double() - exact) for x in plain) + torch.finfo(ours.dtype).eps * largest(exact)
+    assert largest(ours.double() - exact) <= allowed
+
+
+def float64_bound(q: Tensor, k: Tensor, v: Tensor, scale: float | None) -> float:
+    """Rounding of two dot products and an exponential, to first order, for either side of a comparison."""
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    score = float((q.norm(dim=-1).max() * k.norm(dim=-1).max()) * abs(scale))
+    steps = 2 * (q.shape[-1] + 2) * score + 2 * k.shape[-2] + 10
+    return 2 * steps * torch.finfo(torch.float64).eps * largest(v)
+
+
+GRID = (4, 6, 10)
+DIVIDING: list[Triple] = [(4, 1, 1), (1, 3, 5), (1, 2, 10), (2, 3, 2), (4, 2, 5), (2, 1, 1), (4, 6, 10)]
+
+
+@pytest.mark.parametrize("splits", DIVIDING)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_equals_attention_grouped_with_einops(splits: Triple, dtype: torch.dtype) -> None:
+    q, k, v = random_qkv(math.prod(GRID), batch=2)
+    exact = grouped_attention(q, k, v, GRID, splits)
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    ours = WINDOW_ATTENTION(q, k, v, *args_of(GRID, splits).as_op_args())
+    assert_as_good_as_plain(ours, [grouped_attention(q, k, v, GRID, splits)], exact)
+
+
+CASES = [
+    args_of((3, 5, 7), (3, 1, 1)),
+    args_of((3, 5, 7), (1, 2, 3), prefix=3),
+    args_of((3, 5, 7), (2, 3, 4), suffix=5, scale=0.7),
+    args_of((5, 7, 11), (2, 5, 3), prefix=2, suffix=4, scale=0.25),
+    args_of((1, 7, 11), (1, 3, 4), prefix=1),
+    args_of((5, 4, 3), (5, 4, 3), prefix=2),
+    args_of((5, 4, 3), (4, 3, 2), ("local",), suffix=1),
+    args_of((5, 4, 3), (4, 3, 2), ("dilated",), prefix=1),
+    args_of((4, 6, 10), (2, 3, 5), prefix=7),
+    args_of((3, 5, 7), (1, 1, 1), prefix=3, suffix=2, scale=0.3),
+]
+
+
+@pytest.mark.parametrize("args", CASES, ids=lambda a: f"{a.grid}-{a.pattern}-{a.prefix}-{a.suffix}")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_equals_dense_attention_under_the_masks(args: WindowAttentionArgs, dtype: torch.dtype) -> None:
+    q, k, v = random_qkv(args.grid.tokens + args.extra_tokens, batch=2, depth=8, value_depth=6)
+    exact = reference(q, k, v, args)
+    q, k, v = (x.to(dtype) for x in (q, k, v))
+    ours = WINDOW_ATTENTION(q, k, v, *args.as_op_args())
+    assert ours.shape == exact.shape
+    assert_as_good_as_plain(ours, [reference(q, k, v, args, attend=f) for f in (masked_attention, masked_sdpa)], exact)
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> WindowAttentionArgs:
+    sizes = [draw(st.integers(1, 6)) for _ in range(3)]
+    counts = [draw(st.integers(1, size)) for size in sizes]
+    branches = draw(st.sampled_from([BRANCHES, BRANCHES, ("local",), ("dilated",)]))
+    prefix, suffix = draw(st.integers(0, 3)), draw(st.integers(0, 3))
+    scale = draw(st.sampled_from([None, 0.2, 1.0]))
+    return WindowAttentionArgs(TokenGrid(*sizes), WindowPattern(Splits(*counts), branches), prefix, suffix, scale)
+
+
+@given(cases(), st.integers(0, 2**16))
+@settings(max_examples=150, deadline=None)
+def test_any_pattern_on_any_grid_equals_dense_attention(args: WindowAttentionArgs, seed: int) -> None:
+    q, k, v = random_qkv(args.grid.tokens + args.extra_tokens, batch=2, depth=4, value_depth=3, seed=seed)
+    ours = WINDOW_ATTENTION(q, k, v, *args.as_op_args())
+    assert largest(ours - reference(q, k, v, args)) <= float64_bound(q, k, v, args.scale)
+
+
+@given(cases())
+@settings(max_examples=60, deadline=None)
+def test_masks_are_the_windows_of_numpy(args: WindowAttentionArgs) -> None:
+    """The dense truth itself: array_split for local windows, strides for dilated ones, the rest global."""
+    tokens = np.arange(args.grid.tokens).reshape(args.grid.sizes)
+    total = args.grid.tokens + args.extra_tokens
+    for branch in args.pattern.branches:
+        expected = np.zeros((total, total), dtype=bool)
+        for window in numpy_windows(tokens, args.pattern.splits.counts, branch):
+            members = window.ravel() + args.prefix
+            expected[np.ix_(members, members)] = True
+        extra = [*range(args.prefix), *range(total - args.suffix, total)]
+        expected[extra, :] = True
+        expected[:, extra] = True
+        mask = branch_mask(args.grid, args.pattern, branch, prefix=args.prefix, suffix=args.suffix)
+        assert np.array_equal(mask.numpy(), expected)
+
+
+def numpy_windows(tokens: np.ndarray, splits: Triple, branch: Branch) -> list[np.ndarray]:
+    """All windows of a [T, H, W] array, windows in row-major order."""
+    windows = [tokens]
+    for axis, count in enumerate(splits):
+        if branch == "local":
+            windows = [part for w in windows for part in np.array_split(w, count, axis)]
+        else:
+            steps = [(slice(None),) * axis + (slice(p, None, count),) for p in range(count)]
+            windows = [w[step] for w in windows for step in steps]
+    return windows
+
+
+@pytest.mark.parametrize("extra", [(0, 0), (3, 2)])
+@pytest.mark.parametrize("scale", [None, 0.3])
+def test_one_window_is_full_attention_bit_for_bit(extra: tuple[int, int], scale: float | None) -> None:
+    args = args_of((3, 4, 5), (1, 1, 1), BRANCHES, *extra, scale)
+    q, k, v = (x.float() for x in random_qkv(60 + sum(extra), batch=2, value_depth=6))
+    ours = WINDOW_ATTENTION(q, k, v, *args.as_op_args())
+    assert torch.equal(ours, scaled_dot_product_attention(q, k, v, scale=scale))
+
+
+@pytest.fixture
+def attention_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Shapes of the queries of every scaled_dot_product_attention that the op runs."""
+    calls: list[tuple[int, ...]] = []
+
+    def counted(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        calls.append(tuple(q.shape))
+        return scaled_dot_product_attention(q, k, v, **options)
+
+    monkeypatch.setattr(implementation, "scaled_dot_product_attention", counted)
+    return calls
+
+
+@pytest.mark.parametrize(
+    ("grid", "splits", "extra", "expected"),
+    [
+        # [branches, B*N*windows, window tokens, D]
+        ((5, 4, 6), (5, 1, 1), 0, [(1, 6 * 5, 24, 8)]),
+        ((5, 4, 6), (5, 4, 6), 0, [(1, 6 * 120, 1, 8)]),
+        ((4, 4, 6), (2, 2, 3), 0, [(2, 6 * 12, 8, 8)]),
+        ((4, 4, 6), (1, 2, 1), 0, [(2, 6 * 2, 48, 8)]),
+        # 5 = 3 + 2: two sizes of window
+        ((5, 4, 6), (2, 2, 1), 0, [(2, 6 * 2, 36, 8), (2, 6 * 2, 24, 8)]),
+        # the queries outside the grid attend to everything
+        ((5, 4, 6), (5, 1, 1), 3, [(1, 6 * 5, 24, 8), (2, 3, 3, 8)]),
+    ],
+)
+def test_calls_of_attention(
+    grid: Triple,
+    splits: Triple,
+    extra: int,
+    expected: list[tuple[int, ...]],
+    attention_calls: list[tuple[int, ...]],
+) -> None:
+    """Coinciding branches are computed once; different ones share one call per window size."""
+    q, k, v = (x.float() for x in random_qkv(math.prod(grid) + extra, batch=2, heads=3))
+    WINDOW_ATTENTION(q, k, v, *args_of(grid, splits, prefix=extra).as_op_args())
+    assert attention_calls == expected
+
+
+@pytest.mark.parametrize("splits", [(1, 2, 3), (2, 3, 4), (1, 1, 1)])
+def test_works_on_views_and_returns_the_strides_it_promises(splits: Triple) -> None:
+    """q, k, v come out of a fused projection as strided views; downstream views rely on the output's strides."""
+    args = args_of((3, 5, 7), splits, prefix=2)
+    packed = torch.randn(2, 107, 3, 2, 8, generator=torch.Generator().manual_seed(0))
+    q, k, v = (x.transpose(1, 2) for x in packed.unbind(2))
+    ours = WINDOW_ATTENTION(q, k, v, *args.as_op_args())
+    assert torch.equal(ours, WINDOW_ATTENTION(*(x.contiguous() for x in (q, k, v)), *args.as_op_args()))
+    assert ours.transpose(1, 2).is_contiguous()
+    with FakeTensorMode() as mode:
+        fake = WINDOW_ATTENTION(*(mode.from_tensor(x) for x in (q, k, v)), *args.as_op_args())
+    assert (fake.shape, fake.stride(), fake.dtype) == (ours.shape, ours.stride(), ours.dtype)
+
+
+OPERATOR_CASES = [args_of((2, 3, 4), (1, 2, 2)), args_of((2, 3, 4), (2, 1, 1), prefix=2, suffix=1, scale=0.4)]
+
+
+@pytest.mark.parametrize("args", OPERATOR_CASES, ids=["uneven", "joint"])
+def test_is_a_proper_operator(args: WindowAttentionArgs) -> None:
+    q, k, v = random_qkv(args.grid.tokens + args.extra_tokens, depth=4, value_depth=3)
+    qkv = [x.float().requires_grad_() for x in (q, k, v)]
+    checks = torch.library.opcheck(WINDOW_ATTENTION, (*qkv, *args.as_op_args()))
+    assert set(checks.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("args", [args_of((1, 3, 2), (1, 2, 2)), args_of((2, 1, 2), (2, 1, 1), prefix=1, scale=0.4)])
+def test_gradcheck(args: WindowAttentionArgs) -> None:
+    q, k, v = random_qkv(args.grid.tokens + args.extra_tokens, heads=1, depth=2, value_depth=1)
+    qkv = [x.requires_grad_() for x in (q, k, v)]
+    assert torch.autograd.gradcheck(lambda *x: WINDOW_ATTENTION(*x, *args.as_op_args()), qkv)
+
+
+@pytest.mark.parametrize("args", CASES[1:5], ids=lambda a: f"{a.grid}-{a.pattern}")
+def test_gradient_is_that_of_the_reference(args: WindowAttentionArgs) -> None:
+    qkv = [x.requires_grad_() for x in random_qkv(args.grid.tokens + args.extra_tokens, batch=2, value_depth=6)]
+    weights = torch.randn(2, 2, args.grid.tokens + args.extra_tokens, 6, generator=torch.Generator().manual_seed(1))
+
+    def gradients(run: Callable[..., Tensor], dtype: torch.dtype) -> list[Tensor]:
+        inputs = [x.to(dtype) for x in qkv]
+        return list(torch.autograd.grad((run(*inputs) * weights.to(dtype)).sum(), inputs))
+
+    exact = gradients(lambda *x: reference(*x, args), torch.float64)
+    plain = [
+        gradients(lambda *x, f=f: reference(*x, args, attend=f), torch.float32) for f in (masked_attention, masked_sdpa)
+    ]
+    ours = gradients(lambda *x: WINDOW_ATTENTION(*x, *args.as_op_args()), torch.float32)
+    for i, gradient in enumerate(ours):
+        assert_as_good_as_plain(gradient, [x[i] for x in plain], exact[i])
+
+
+def test_gradient_where_only_one_input_needs_it() -> None:
+    args = args_of((2, 3, 4), (1, 2, 2))
+    q, k, v = random_qkv(24)
+    v.requires_grad_()
+    WINDOW_ATTENTION(q, k, v, *args.as_op_args()).sum().backward()
+    expected = torch.autograd.grad(reference(q, k, v, args).sum(), v)[0]
+    assert v.grad is not None
+    assert largest(v.grad - expected) <= 48 * float64_bound(q, k, v.detach(), None)
+    assert q.grad is None
+
+
+@pytest.mark.parametrize("fake", [False, True], ids=["real", "fake"])
+@pytest.mark.parametrize(("position", "name"), [(0, "q"), (1, "k"), (2, "v")])
+def test_wrong_number_of_tokens_is_named(fake: bool, position: int, name: str) -> None:
+    args = args_of((2, 3, 4), (1, 3, 2), prefix=3, suffix=1)
+    shapes = [(1, 2, 28, 8)] * 3
+    shapes[position] = (1, 2, 27, 8)
+    inputs = [torch.randn(shape) for shape in shapes]
+    if fake:
+        mode = FakeTensorMode()
+        inputs = [mode.from_tensor(x) for x in inputs]
+    message = rf"{name} has shape \(1, 2, 27, 8\), expected \[B, N, 28, D\].*2x3x4, prefix 3, suffix 1"
+    with pytest.raises(ValueError, match=message):
+        WINDOW_ATTENTION(*inputs, *args.as_op_args())
+
+
+def test_three_axes_are_refused() -> None:
+    q = torch.randn(2, 24, 8)
+    with pytest.raises(ValueError, match=r"q has shape \(2, 24, 8\)"):
+        WINDOW_ATTENTION(q, q, q, *args_of((2, 3, 4), (1, 3, 2)).as_op_args())
+
+
+@pytest.mark.parametrize(
+    ("splits", "branches", "message"),
+    [([1, 4, 1], "local", "axis h has 3"), ([1, 0, 1], "local", "h is 0"), ([1, 1, 2], "near", "'near' is unknown")],
+)
+def test_arguments_that_make_no_pattern_are_refused(splits: list[int], branches: str, message: str) -> None:
+    q = torch.randn(1, 1, 24, 8)
+    with pytest.raises(PatternError, match=message):
+        WINDOW_ATTENTION(q, q, q, [2, 3, 4], splits, branches)
+
+
+@given(cases())
+@settings(max_examples=100, deadline=None)
+def test_arguments_survive_the_operator_signature(args: WindowAttentionArgs) -> None:
+    assert WindowAttentionArgs.from_op_args(*args.as_op_args()) == args
+    attributes = args.as_attributes()
+    assert ("scale" in attributes) == (args.scale is not None)
+    assert WindowAttentionArgs.from_op_args(**attributes) == args
+
+
+@given(cases(), st.integers(1, 3), st.integers(1, 3))
+@settings(max_examples=100, deadline=None)
+def test_group_and_ungroup_are_inverses(args: WindowAttentionArgs, folded: int, depth: int) -> None:
+    grid, splits = args.grid, args.pattern.splits
+    x = torch.arange(folded * grid.tokens * depth).reshape(folded, *grid.sizes, depth)
+    for branch in BRANCHES:
+        pieces = [group(x, grid, splits, branch, box) for box in boxes(grid, splits)]
+        assert torch.equal(ungroup(pieces, grid, splits, branch), x.permute(1, 2, 3, 0, 4))
+
+
+@given(cases())
+@settings(max_examples=100, deadline=None)
+def test_groups_are_the_windows_of_numpy(args: WindowAttentionArgs) -> None:
+    grid, splits = args.grid, args.pattern.splits
+    numbers = torch.arange(grid.tokens).reshape(1, *grid.sizes, 1)
+    for branch in BRANCHES:
+        expected = [w.ravel().tolist() for w in numpy_windows(numbers[0, ..., 0].numpy(), splits.counts, branch)]
+        grouped: list[list[int]] = []
+        for box in boxes(grid, splits):
+            windows = group(numbers, grid, splits, branch, box)
+            assert windows.shape == (1, *box.parts, *box.sizes, 1)
+            grouped += windows.reshape(box.windows, box.window_tokens).tolist()
+        assert sorted(grouped) == sorted(expected)
+
+
+class _WidestTensor(TorchDispatchMode):
+    """The largest number of axes among all results, and which calls ran."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.axes = 0
+        self.calls: set[Any] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.calls.add(func.overloadpacket)
+        leaves = out if isinstance(out, list | tuple) else [out]
+        self.axes = max([self.axes, *(x.dim() for x in leaves if isinstance(x, Tensor))])
+        return out
+
+
+@pytest.mark.parametrize("args", [*CASES, *OPERATOR_CASES], ids=lambda a: f"{a.grid}-{a.pattern}-{a.prefix}-{a.suffix}")
+def test_no_tensor_has_more_than_eight_axes_and_nothing_is_gathered(args: WindowAttentionArgs) -> None:
+    q, k, v = (x.float() for x in random_qkv(args.grid.tokens + args.extra_tokens, batch=2))
+    with _WidestTensor() as seen:
+        implementation.window_attention(q, k, v, args)
+    assert seen.calls, "the mode saw nothing"
+    assert seen.axes <= 8
+    aten = torch.ops.aten
+    assert not seen.calls & {aten.index, aten.gather, aten.index_select, aten.scatter, aten.masked_fill, aten.where}
