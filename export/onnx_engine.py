@@ -12,7 +12,7 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from t3compile.errors import EngineError, InputsError, MissingExtraError
+from t3compile.errors import EngineError, InputsError, MissingExtraError, MissingKernelError
 
 _TENSORRT_MAGIC = (b"ftrt", b"ptrt")
 _NUMPY_TYPES: dict[str, np.dtype[Any]] = {
@@ -23,6 +23,9 @@ _NUMPY_TYPES: dict[str, np.dtype[Any]] = {
     "tensor(int32)": np.dtype(np.int32),
     "tensor(bool)": np.dtype(np.bool_),
 }
+
+
+_REMEDY = "give the .onnx file that 't3compile export' wrote, or copy it again"
 
 
 @dataclass(frozen=True)
@@ -60,15 +63,19 @@ class OnnxEngine:
         try:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
-            reason = str(error).splitlines()[0]
-            raise EngineError(f"onnxruntime cannot load '{path}': {reason}") from error
+            kind = MissingKernelError if "NOT_IMPLEMENTED" in str(error) else EngineError
+            raise kind(f"onnxruntime cannot load '{path}': {_first_line(error)}") from error
+        self._path = path
         self.inputs = tuple(_engine_input(value) for value in self._session.get_inputs())
         self.output_names = tuple(value.name for value in self._session.get_outputs())
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         given = self._named(args, kwargs)
         arrays = {spec.name: _checked(spec, given[spec.name]) for spec in self.inputs}
-        outputs = self._session.run(None, arrays)
+        try:
+            outputs = self._session.run(None, arrays)
+        except Exception as error:
+            raise EngineError(f"onnxruntime cannot run '{self._path}': {_first_line(error)}") from error
         if any(isinstance(value, Tensor) for value in given.values()):
             outputs = [torch.from_numpy(output) for output in outputs]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
@@ -90,6 +97,10 @@ class OnnxEngine:
             if spec.name not in named:
                 raise InputsError(f"input '{spec.name}' is missing; the model's inputs are {expected}")
         return named
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _engine_input(value: Any) -> EngineInput:
@@ -114,8 +125,10 @@ def _checked(spec: EngineInput, value: Any) -> np.ndarray[Any, Any]:
 
 def check_onnx_file(path: Path) -> None:
     """Raise EngineError unless `path` is an ONNX model whose external data stays in its own folder."""
+    if path.is_dir():
+        raise EngineError(f"'{path}' is a folder; give the .onnx file that 't3compile export' wrote")
     if not path.is_file():
-        raise EngineError(f"'{path}' does not exist")
+        raise EngineError(f"'{path}' does not exist; give the .onnx file that 't3compile export' wrote")
     with path.open("rb") as file:
         if file.read(4) in _TENSORRT_MAGIC:
             raise EngineError(
@@ -125,9 +138,9 @@ def check_onnx_file(path: Path) -> None:
     try:
         model = ir.load(path)
     except Exception as error:
-        raise EngineError(f"'{path}' is not an ONNX model, or is damaged ({type(error).__name__})") from None
+        raise EngineError(f"'{path}' is not an ONNX model, or is damaged ({type(error).__name__}); {_REMEDY}") from None
     if not model.graph.outputs:
-        raise EngineError(f"'{path}' is not an ONNX model: it has no outputs")
+        raise EngineError(f"'{path}' is not an ONNX model: it has no outputs; {_REMEDY}")
     folder = path.resolve().parent
     for tensor in _external_tensors(model):
         location = Path(str(tensor.location))
@@ -141,13 +154,28 @@ def check_onnx_file(path: Path) -> None:
 
 
 def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
-    graphs: list[Any] = [model.graph, *model.functions.values()]
-    for graph in graphs:
-        for node in ir.traversal.RecursiveGraphIterator(graph):
+    for root in (model.graph, *model.functions.values()):
+        tensors = _initializers(root) if isinstance(root, ir.Graph) else []
+        for node in ir.traversal.RecursiveGraphIterator(root):
             for attribute in node.attributes.values():
-                if attribute.type == ir.AttributeType.TENSOR and isinstance(attribute.value, ir.ExternalTensor):
-                    yield attribute.value
-        for inner in [graph, *graph.subgraphs()] if isinstance(graph, ir.Graph) else []:
-            for value in inner.initializers.values():
-                if isinstance(value.const_value, ir.ExternalTensor):
-                    yield value.const_value
+                tensors += _attribute_tensors(attribute)
+        yield from (tensor for tensor in tensors if isinstance(tensor, ir.ExternalTensor))
+
+
+def _initializers(graph: ir.Graph) -> list[object]:
+    return [value.const_value for value in graph.initializers.values()]
+
+
+def _attribute_tensors(attribute: ir.Attr) -> list[object]:
+    """Tensors of an attribute, those of its subgraphs' initializers included."""
+    match attribute.type:
+        case ir.AttributeType.TENSOR:
+            return [attribute.value]
+        case ir.AttributeType.TENSORS:
+            return list(attribute.value)
+        case ir.AttributeType.GRAPH:
+            return _initializers(attribute.value)
+        case ir.AttributeType.GRAPHS:
+            return [tensor for graph in attribute.value for tensor in _initializers(graph)]
+        case _:
+            return []

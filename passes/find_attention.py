@@ -134,6 +134,8 @@ def _judge(call: AttentionCall, tracker: LayoutTracker, grid: TokenGrid | None) 
         same_input = tokens_q.inputs == tokens_k.inputs
         detail = f"queries are {_describe(tokens_q)}, keys {_describe(tokens_k)}"
         return _No("unknown-layout" if same_input else "cross-attention", detail)
+    if q[0] != k[0] or v[0] != k[0]:
+        return _No("unknown-layout", f"queries of batch {q[0]} on keys of batch {k[0]} and values of batch {v[0]}")
     if q[1] != k[1] or v[1] != k[1]:
         return _No("grouped-query", f"{q[1]} query heads on {k[1]} key heads")
     if call.is_causal:
@@ -142,7 +144,7 @@ def _judge(call: AttentionCall, tracker: LayoutTracker, grid: TokenGrid | None) 
         return _No("masked", f"the mask '{call.mask.name}' may hide grid keys")
     if call.dropout:
         return _No("dropout", f"dropout {call.dropout}: trace the model in eval mode")
-    read = _read_grid(layout_q[:-2], tokens_q, grid)
+    read = _read_grid(layout_q[:-2], tokens_q, grid, tracker.dropped(call.q))
     if isinstance(read, _Tokens) and tokens_q != tokens_k:
         return _No("unknown-layout", f"queries are {_describe(tokens_q)}, keys {_describe(tokens_k)}")
     return read
@@ -157,9 +159,11 @@ def _describe(axis: Axis) -> str:
     return " then ".join(parts)
 
 
-def _read_grid(outer: Sequence[Axis], tokens: Axis, grid: TokenGrid | None) -> _Tokens | _No:
+def _read_grid(
+    outer: Sequence[Axis], tokens: Axis, grid: TokenGrid | None, dropped: frozenset[tuple[str, int]]
+) -> _Tokens | _No:
     """The grid in a sequence axis: one stretch that runs over whole axes of one input, in their order."""
-    stretches = [_grid_of(segment, outer) for segment in tokens.segments]
+    stretches = [_grid_of(segment, outer, dropped) for segment in tokens.segments]
     whole = [i for i, stretch in enumerate(stretches) if isinstance(stretch, tuple)]
     if len(whole) == 1:
         (i,) = whole
@@ -223,7 +227,7 @@ def _given(tokens: Axis, grid: TokenGrid) -> _Tokens | _No:
     return _Tokens(grid, sum(sizes[:i]), sum(sizes[i + 1 :]), ())
 
 
-def _grid_of(segment: Segment, outer: Sequence[Axis]) -> tuple[Digit, ...] | _No:
+def _grid_of(segment: Segment, outer: Sequence[Axis], dropped: frozenset[tuple[str, int]]) -> tuple[Digit, ...] | _No:
     """The digits of a segment if they are a whole grid in frame-major order."""
     if not all(digit.origin.is_known for digit in segment) or not segment:
         made_by = next((d.origin for d in segment if not d.origin.is_known), None)
@@ -240,6 +244,7 @@ def _grid_of(segment: Segment, outer: Sequence[Axis]) -> tuple[Digit, ...] | _No
         for digit in part
         if digit.origin.input_name == name
     } - {_BATCH_AXIS}
+    outside |= {axis for input_name, axis in dropped if input_name == name} - {_BATCH_AXIS, *axes}
     if outside or not all(digit.is_whole for digit in segment) or len(set(axes)) != len(axes):
         return _No("already-windowed", f"tokens attend within parts: {_describe(Axis((segment,)))}")
     if len(axes) == 1:

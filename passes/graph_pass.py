@@ -38,7 +38,7 @@ class GraphPass(ABC):
         """Edit the copied graph; whether anything changed."""
 
     def ensures(self, result: Program) -> None:
-        """Raise where the result is not what the pass promises."""
+        """Raise where a changed program is not what the pass promises."""
 
     def attach(self, graph_module: fx.GraphModule, program: Program) -> Program:
         """The program around the edited graph."""
@@ -48,7 +48,6 @@ class GraphPass(ABC):
         self.requires(program)
         graph_module = copy_graph_module(program.exported)
         if not self.apply(graph_module, program):
-            self.ensures(program)
             return PassResult(program, modified=False)
         remove_unused(graph_module.graph)
         graph_module.graph.lint()

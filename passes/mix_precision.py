@@ -20,6 +20,7 @@ from torch.export.graph_signature import InputKind
 
 from t3compile.errors import ExportError
 from t3compile.ops import WINDOW_ATTENTION
+from t3compile.passes.find_attention import ATTENTION, AttentionCall
 from t3compile.passes.graph_pass import Cursor, GraphPass, compute_value, is_call
 from t3compile.program import Program, copy_exported
 from t3compile.weights import CastWeights
@@ -105,6 +106,7 @@ class MixPrecision(GraphPass):
                 casts[used] = self._cast(cursor, used)
             return casts[used]
 
+        self._clamp_mask(node, cursor)
         node.args, node.kwargs = fx.map_arg((node.args, node.kwargs), cast)
         users = list(node.users)
         node.meta["val"] = compute_value(node)
@@ -112,6 +114,13 @@ class MixPrecision(GraphPass):
         wide = after.call(aten._to_copy.default, node, dtype=torch.float32)
         for user in users:
             user.replace_input_with(node, wide)
+
+    def _clamp_mask(self, node: fx.Node, cursor: Cursor) -> None:
+        """Additive masks of float32's most negative number would become infinite, and a fully masked row NaN."""
+        mask = AttentionCall.read(node).mask if node.target is ATTENTION else None
+        if mask is not None and _is_float32(mask):
+            lowest = torch.finfo(self._half).min
+            node.replace_input_with(mask, cursor.call(aten.clamp.default, mask, lowest))
 
     def _cast(self, cursor: Cursor, used: fx.Node) -> fx.Node:
         """`used` in half: where it is a view of a widened half tensor, the view of that tensor."""

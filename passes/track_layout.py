@@ -43,10 +43,12 @@ class LayoutTracker:
     def __init__(self, graph: fx.Graph, inputs: Sequence[str]) -> None:
         self._values: dict[fx.Node, Value] = {}
         self._reached: set[fx.Node] = set()
+        self._dropped: dict[fx.Node, frozenset[tuple[str, int]]] = {}
         names = set(inputs)
         for node in graph.nodes:
             if node.name in names or self._is_reached(node):
                 self._reached.add(node)
+            self._dropped[node] = frozenset().union(*(self._dropped[used] for used in node.all_input_nodes))
             self._values[node] = self._visit(node, names)
 
     def layout(self, node: fx.Node) -> Layout:
@@ -88,6 +90,20 @@ class LayoutTracker:
             return result
         fits = result is not None and tuple(axis.size for axis in result) == _shape(value)
         return result if fits else self.unknown(node)
+
+    def dropped(self, node: fx.Node) -> frozenset[tuple[str, int]]:
+        """(input, axis) of which one position was picked on the way to the node: it stands for a part of them."""
+        return self._dropped[node]
+
+    def drop(self, node: fx.Node, axis: Axis) -> None:
+        """Record that `node` keeps one position of an axis."""
+        origins = (digit.origin for segment in axis.segments for digit in segment)
+        picked = {(o.input_name, o.axis) for o in origins if o.input_name is not None}
+        self._dropped[node] |= picked
+
+    def unless_filled(self, node: fx.Node, axis: Axis) -> Axis | None:
+        """The axis, or None where it had no meaning and the operation puts tokens of an input there."""
+        return None if axis.is_neutral and axis.size > 1 and node in self._reached else axis
 
     def replace_unknown(self, node: fx.Node, axes: Sequence[Axis | None]) -> Layout:
         """The given axes, with unknown ones of this node's making where None."""
@@ -154,14 +170,15 @@ def _matmul(tracker: LayoutTracker, node: fx.Node) -> Value:
     if len(a) != rank or len(b) != rank:
         return None
     batch = [join(x, y) if x.size == y.size else None for x, y in zip(a[:-2], b[:-2], strict=True)]
-    return tracker.replace_unknown(node, [*batch, a[-2], b[-1]])
+    return tracker.replace_unknown(node, [*batch, *(tracker.unless_filled(node, x) for x in (a[-2], b[-1]))])
 
 
 def _attention(tracker: LayoutTracker, node: fx.Node) -> Value:
     """[B, N, S, D]: the queries' tokens, the values' depth."""
     q, v = node.args[0], node.args[2]
     assert isinstance(q, fx.Node) and isinstance(v, fx.Node)
-    return (*tracker.layout(q)[:-1], tracker.layout(v)[-1])
+    *outer, tokens, _ = tracker.layout(q)
+    return tracker.replace_unknown(node, [*outer, tracker.unless_filled(node, tokens), tracker.layout(v)[-1]])
 
 
 def _convolution(tracker: LayoutTracker, node: fx.Node) -> Value:
@@ -314,6 +331,7 @@ def _pieces(tracker: LayoutTracker, node: fx.Node) -> Value:
 def _unbind(tracker: LayoutTracker, node: fx.Node) -> Value:
     layout = tracker.layout(_source(node))
     dim = _dim(node, len(layout), 1)
+    tracker.drop(node, layout[dim])
     return [(*layout[:dim], *layout[dim + 1 :]) for _ in node.meta["val"]]
 
 
@@ -331,6 +349,7 @@ def _slice(tracker: LayoutTracker, node: fx.Node) -> Value:
 def _select(tracker: LayoutTracker, node: fx.Node) -> Value:
     layout = tracker.layout(_source(node))
     dim = _dim(node, len(layout), 1)
+    tracker.drop(node, layout[dim])
     return (*layout[:dim], *layout[dim + 1 :])
 
 
@@ -370,13 +389,13 @@ def _roll(tracker: LayoutTracker, node: fx.Node) -> Value:
 
 
 def _slice_scatter(tracker: LayoutTracker, node: fx.Node) -> Value:
-    """Other axes mean what base or source say; the written axis is the base's."""
+    """Other axes mean what base or source say; the written axis is the base's, unless only its size is."""
     base, source = node.args[:2]
     assert isinstance(base, fx.Node) and isinstance(source, fx.Node)
     into, written = tracker.layout(base), tracker.layout(source)
     dim = _dim(node, len(into), 2)
     axes: list[Axis | None] = [join(a, b) for a, b in zip(into, written, strict=True)]
-    axes[dim] = into[dim]
+    axes[dim] = tracker.unless_filled(node, into[dim])
     return tracker.replace_unknown(node, axes)
 
 

@@ -54,7 +54,7 @@ def _command(*arguments: str | Path) -> Any:
     done = subprocess.run(
         [sys.executable, "-m", "t3compile.cli", *texts], stdout=subprocess.PIPE if as_json else None, check=False
     )
-    if done.returncode not in (0, 3):
+    if done.returncode != 0:
         say(f"the command failed with exit code {done.returncode}")
         sys.exit(1)
     return json.loads(done.stdout) if as_json else None

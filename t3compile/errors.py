@@ -47,6 +47,10 @@ class EngineError(T3CompileError):
     """An exported file cannot be loaded or run."""
 
 
+class MissingKernelError(EngineError):
+    """The runtime knows no implementation of an operation for these types; the file itself may be fine."""
+
+
 class OutputError(T3CompileError):
     """The result cannot be written where it was asked for."""
 

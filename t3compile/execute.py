@@ -5,8 +5,7 @@ So a check never holds all weights; ``float64`` runs the same graph in double pr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,7 +14,7 @@ from torch import Tensor, fx
 from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec
 from torch.utils import _pytree as pytree
 
-from t3compile.program import Program
+from t3compile.program import Program, default_dtype
 
 _FLOATS = (torch.float16, torch.bfloat16, torch.float32)
 
@@ -93,17 +92,6 @@ def _restrided(value: Any, node: fx.Node) -> Any:
     return torch.empty_strided(value.shape, traced.stride(), dtype=value.dtype).copy_(value)
 
 
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """The dtype of whole numbers times a Python float."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
-
-
 def _widest(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype in _FLOATS else dtype
 
@@ -122,6 +110,6 @@ def execute(
     """
     executor = _Executor(program, inputs, hooks or {}, float64)
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
-    with torch.no_grad(), _default_dtype(torch.float64 if float64 else torch.get_default_dtype()):
+    with torch.no_grad(), default_dtype(torch.float64 if float64 else torch.get_default_dtype()):
         result = executor.run(*(None for _ in placeholders), enable_io_processing=False)
     return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]

@@ -26,6 +26,16 @@ def check_writable(path: Path) -> None:
         raise OutputError(f"cannot write '{path}': {error.strerror} in '{parent}'") from None
 
 
+def check_space(path: Path, needed_bytes: int) -> None:
+    """Raise OutputError, before any work, when the disk under `path` has no room for so much."""
+    free = shutil.disk_usage(path.parent).free
+    if free < needed_bytes:
+        raise OutputError(
+            f"cannot write '{path}': it needs {needed_bytes / 2**30:.1f} GiB and '{path.parent}' has "
+            f"{free / 2**30:.1f} GiB free; make room or write elsewhere"
+        )
+
+
 @contextmanager
 def staged_outputs(path: Path) -> Iterator[Path]:
     """A folder beside `path`; every file left in it is moved into place when the block ends well, else removed.
@@ -39,7 +49,8 @@ def staged_outputs(path: Path) -> Iterator[Path]:
         for file in sorted(stage.iterdir(), key=lambda file: file.name == path.name):
             os.replace(file, path.parent / file.name)
     except OSError as error:
-        raise OutputError(f"cannot write '{path}': {error.strerror or error}") from error
+        at = f" ('{error.filename}')" if error.filename else ""
+        raise OutputError(f"cannot write '{path}': {error.strerror or error}{at}") from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from t3compile.errors import EngineError, ExportError, T3CompileError
+from t3compile.errors import EngineError, ExportError, MissingKernelError, T3CompileError
 from t3compile.files import check_writable
 from t3compile.geometry import Splits, TokenGrid
 from t3compile.inputs import named_inputs, substitute_inputs
 from t3compile.loading import load_program
 from t3compile.loading.recognize import recognize
 from t3compile.ops import WINDOW_ATTENTION
+from t3compile.passes.broadcast_masks import BroadcastMasks
 from t3compile.passes.count_model import graph_macs
 from t3compile.passes.find_attention import find_attention
 from t3compile.passes.forward_copies import ForwardCopies
@@ -40,9 +41,6 @@ from t3compile.verification import (
     check_weights,
 )
 
-if TYPE_CHECKING:
-    from t3compile.export.compare_onnx import OnnxComparison
-
 # Above this many MACs the whole-model check, some ten dense passes, runs on a small grid ...
 DIRECT_MACS = 5 * 10**10
 # ... unless there is none: a saved graph has one size, and is worth a longer check.
@@ -52,7 +50,8 @@ SMALL_GRID = TokenGrid(3, 6, 7)
 Progress = Callable[[str], None]
 
 ONNX_LEGALIZATION: tuple[GraphPass, ...] = (
-    ForwardCopies(),  # first: it uncovers the sources that interleaving stacks
+    BroadcastMasks(),  # onnxruntime's Attention does not broadcast them over queries
+    ForwardCopies(),  # before the next: it uncovers the sources that interleaving stacks
     InterleaveSlices(),  # before the exporter would make ScatterND of it
     LegalizeWindowAttention(),  # last: nothing below knows the symbolic node
 )
@@ -95,19 +94,19 @@ def verify(program: Program, rewritten: Program, plan: Plan, *, progress: Progre
     and its patterns are checked one by one on the real grid.
     """
     survey = detect_for(program, plan)
-    if graph_macs(program.graph) <= (SAVED_DIRECT_MACS if program.retrace is None else DIRECT_MACS):
-        checks = _check_programs(program, rewritten, plan, progress)
-        return VerifyReport(_grids_text(survey), tuple(checks))
-    not_run: list[str] = []
-    checks = []
     grid_text = _grids_text(survey)
-    small = _small_case(program, survey, plan)
-    if isinstance(small, str):
-        not_run.append(f"whole-model checks: {small}")
+    checks: list[Check] = []
+    not_run: list[str] = []
+    if graph_macs(program.graph) <= (SAVED_DIRECT_MACS if program.retrace is None else DIRECT_MACS):
+        checks += _check_programs(program, rewritten, plan, progress)
     else:
-        checks += _check_programs(small.program, small.rewritten, small.plan, progress)
-        grid_text = f"{_grids_text(small.survey)} (small grid for the model), {grid_text} (patterns)"
-    # Nothing above has looked at the rewritten program itself.
+        small = _small_case(program, survey, plan)
+        if isinstance(small, str):
+            not_run.append(f"whole-model checks: {small}")
+        else:
+            checks += _check_programs(small.program, small.rewritten, small.plan, progress)
+            grid_text = f"{_grids_text(small.survey)} (small grid for the model), {grid_text} (patterns)"
+    # On a small grid nothing has looked at the rewritten program yet, and example inputs may be all zero.
     progress("graph and weights")
     is_portable = not any(node.target is WINDOW_ATTENTION for node in rewritten.graph.nodes)
     checks += [
@@ -201,16 +200,24 @@ def _distinct_patterns(plan: Plan) -> list[SitePlan]:
 
 @dataclass(frozen=True)
 class OnnxReport:
-    """What an export wrote, and how onnxruntime compares with torch (None: not compared, with the reason)."""
+    """What an export wrote, and how onnxruntime compares with torch, a check per output (None: not compared)."""
 
     path: str
     functions: tuple[str, ...]
-    comparison: OnnxComparison | None
+    comparison: tuple[Check, ...] | None
     not_compared: str = ""
     notes: tuple[str, ...] = ()
 
+    @property
+    def passed(self) -> bool:
+        """Whether no comparison failed."""
+        return all(check.passed for check in self.comparison or ())
+
     def to_json(self) -> dict[str, Any]:
-        compared = None if self.comparison is None else self.comparison.to_json()
+        compared = None
+        if self.comparison is not None:
+            outputs = [check.to_json() for check in self.comparison]
+            compared = {"passed": self.passed, "outputs": outputs}
         return {
             "path": self.path,
             "functions": list(self.functions),
@@ -283,7 +290,7 @@ def export_onnx_report(
     progress("comparing onnxruntime with torch")
     try:
         comparison = compare_onnx(path, program, named_inputs(program))
-    except EngineError as error:
+    except MissingKernelError as error:
         if check:
             raise
         # bfloat16, for one, has no kernels on onnxruntime's CPU; the file is valid all the same.

@@ -125,14 +125,14 @@ class Plan:
         """Read and check a plan file; PlanError names the place of the first mistake."""
         try:
             data = json.loads(text)
-        except json.JSONDecodeError as error:
-            raise PlanError(f"the plan is not JSON: {error}") from None
+        except (ValueError, RecursionError) as error:
+            raise PlanError(f"the plan is not JSON: {error}; write one with 't3compile plan'") from None
         return cls.from_json(data)
 
     @classmethod
     def from_json(cls, data: object) -> Plan:
         fields = _fields(data, "plan", {"t3compile_plan", "fingerprint", "schedule", "sites"})
-        if fields["t3compile_plan"] != PLAN_VERSION:
+        if fields["t3compile_plan"] is True or fields["t3compile_plan"] != PLAN_VERSION:
             raise PlanError(f"plan version {fields['t3compile_plan']!r}: this t3compile reads version {PLAN_VERSION}")
         if not isinstance(fields["fingerprint"], str) or not isinstance(fields["schedule"], str):
             raise PlanError("plan: fingerprint and schedule must be strings")

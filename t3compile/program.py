@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +21,7 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind, Tensor
 from torch.utils import _pytree as pytree
 
 from t3compile.errors import TraceError
-from t3compile.files import staged_outputs
+from t3compile.files import check_space, check_writable, staged_outputs
 from t3compile.plan import Plan
 from t3compile.weights import TensorWeights, Weights
 
@@ -61,6 +62,10 @@ class Program:
         """sha256 of the graph: operations, wiring, shapes and dtypes; not weights and not node names."""
         return graph_fingerprint(self.graph)
 
+    @property
+    def weight_bytes(self) -> int:
+        return sum(x.numel() * x.element_size() for x in self.exported.state_dict.values())
+
     def load_weights(self) -> dict[str, Tensor]:
         """All weights, read or mapped; parameters come back as nn.Parameter."""
         parameters = set(self.exported.graph_signature.parameters)
@@ -88,8 +93,10 @@ class Program:
     def save(self, path: str | Path) -> Path:
         """Write a torch.export ``.pt2`` (with the plan inside, if rewritten), beside first, then renamed."""
         path = Path(path)
+        check_writable(path)
+        check_space(path, self.weight_bytes)
         extra = {} if self.plan is None else {PLAN_ENTRY: self.plan.dumps()}
-        with staged_outputs(path) as stage, _torch_deprecations_hidden():
+        with staged_outputs(path) as stage, _torch_quiet():
             # torch.export.save insists on the suffix; the staged name must be the final one.
             target = stage / f"{path.name}.pt2"
             torch.export.save(self.with_weights(), target, extra_files=extra)
@@ -109,7 +116,7 @@ def copy_exported(
     root = exported.graph_module if graph_module is None else graph_module
     signature = copy.deepcopy(exported.graph_signature) if signature is None else signature
     _name_outputs(signature, root.graph)
-    with _torch_deprecations_hidden():
+    with _torch_quiet():
         call_graph = copy.deepcopy(exported.module_call_graph)
     return ExportedProgram(
         root=root,
@@ -166,7 +173,7 @@ def trace(
     source = source or type(module).__name__
     fake_args, fake_kwargs = _as_traceable(module, *_distinct(args, named))
     try:
-        with _torch_deprecations_hidden(), torch.no_grad():
+        with _torch_quiet(), torch.no_grad():
             exported = torch.export.export(module, fake_args, fake_kwargs, strict=False)
             exported = functionalized(exported)
     except Exception as error:
@@ -212,7 +219,7 @@ def _as_traceable(
 
 def functionalized(exported: ExportedProgram) -> ExportedProgram:
     """The form every Program has: no in-place calls, no metadata assertions, composite calls kept whole."""
-    with _torch_deprecations_hidden(), torch.no_grad():
+    with _torch_quiet(), torch.no_grad():
         functional: ExportedProgram = exported.run_decompositions({})
     _drop_metadata_assertions(functional.graph_module)
     return functional
@@ -227,11 +234,28 @@ def _drop_metadata_assertions(graph_module: fx.GraphModule) -> None:
 
 
 @contextmanager
-def _torch_deprecations_hidden() -> Iterator[None]:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)
-        warnings.simplefilter("ignore", DeprecationWarning)
+def _torch_quiet() -> Iterator[None]:
+    # torch logs a traceback of its own before it raises; the error says the same.
+    disabled = logging.root.manager.disable
+    logging.disable(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
+    finally:
+        logging.disable(disabled)
+
+
+@contextmanager
+def default_dtype(dtype: torch.dtype) -> Iterator[None]:
+    """torch's default floating dtype for the time of a block."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
         yield
+    finally:
+        torch.set_default_dtype(before)
 
 
 def graph_fingerprint(graph: fx.Graph) -> str:

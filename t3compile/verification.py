@@ -27,8 +27,9 @@ from t3compile.ops.reference import (
 )
 from t3compile.plan import Plan, SitePlan
 from t3compile.program import Program
+from t3compile.weights import TensorWeights, Weights
 
-CheckKind = Literal["identity", "site", "model", "pattern", "graph", "weights"]
+CheckKind = Literal["identity", "site", "model", "pattern", "graph", "weights", "onnx"]
 _FACTOR = 2.0
 # Errors beyond this share of the reference are no rounding: even where plain PyTorch has them, something is wrong.
 _MEANINGLESS = 0.1
@@ -50,6 +51,9 @@ class Check:
         """False for NaN too."""
         return self.error <= self.allowed
 
+    def to_json(self) -> dict[str, Any]:
+        return {**asdict(self), "passed": self.passed}
+
 
 @dataclass(frozen=True)
 class VerifyReport:
@@ -64,11 +68,10 @@ class VerifyReport:
         return bool(self.checks) and all(check.passed for check in self.checks)
 
     def to_json(self) -> dict[str, Any]:
-        checks = [{**asdict(check), "passed": check.passed} for check in self.checks]
         return {
             "passed": self.passed,
             "grid": self.grid,
-            "checks": checks,
+            "checks": [check.to_json() for check in self.checks],
             "not_run": list(self.not_run),
         }
 
@@ -78,6 +81,11 @@ def _largest(x: Tensor) -> float:
 
 
 def _error(value: Tensor, reference: Tensor) -> float:
+    """Largest absolute difference; for whole numbers and bools the number of different elements."""
+    if not value.numel():
+        return 0.0
+    if not value.is_floating_point():
+        return float((value != reference).sum())
     return float((value.double() - reference.double()).abs().max())
 
 
@@ -91,10 +99,11 @@ def worst(*errors: float) -> float:
     return math.nan if any(map(math.isnan, errors)) else max(errors, default=0.0)
 
 
-def _derived_check(kind: CheckKind, name: str, ours: Tensor, plain: Sequence[Tensor], reference: Tensor) -> Check:
-    """Our error beside the worst of the plain PyTorch results."""
-    magnitude = _largest(reference)
-    rounding = torch.finfo(ours.dtype).eps * magnitude
+def derived_check(kind: CheckKind, name: str, ours: Tensor, plain: Sequence[Tensor], reference: Tensor) -> Check:
+    """Our error beside the worst of the plain results."""
+    is_floating = ours.is_floating_point()
+    magnitude = _largest(reference) if is_floating else float(reference.numel())
+    rounding = torch.finfo(ours.dtype).eps * magnitude if is_floating else 0.0
     plain_error = max(_error(value, reference) for value in plain)
     return Check(kind, name, _error(ours, reference), allowed_error(plain_error, rounding, magnitude), magnitude)
 
@@ -108,28 +117,42 @@ def check_identity(program: Program, identity: Program, inputs: Mapping[str, Ten
 
 
 def check_graph(expected: Program, rewritten: Program) -> Check:
-    """``rewritten`` has the operations, wiring and arguments of ``expected``, the plan carried out anew."""
-    differs = float(expected.fingerprint() != rewritten.fingerprint())
+    """``rewritten`` has the operations, wiring, inputs and outputs of ``expected``, the plan carried out anew."""
+    same_graph = expected.fingerprint() == rewritten.fingerprint()
+    same_interface = _interface(expected) == _interface(rewritten)
+    differs = float(not (same_graph and same_interface))
     return Check("graph", "rewritten graph against the plan", differs, 0.0, 1.0)
 
 
+def _interface(program: Program) -> list[tuple[object, ...]]:
+    """Kind and target of every input and output in order: which weight feeds which placeholder."""
+    signature = program.exported.graph_signature
+    return [(spec.kind, spec.target) for spec in (*signature.input_specs, *signature.output_specs)]
+
+
 def check_weights(program: Program, rewritten: Program) -> Check:
-    """The weights are the same bits; read one by one."""
-    name = "weights against the original's"
-    if rewritten.weights is program.weights:
-        return Check("weights", name, 0.0, 0.0, 0.0)
-    if set(rewritten.weights.names()) != set(program.weights.names()):
-        return Check("weights", f"{name}: other names", 1.0, 0.0, 0.0)
+    """Weights and constants are the same bits; read one by one."""
+    name = "weights and constants against the original's"
+    sources = [(_tensor_constants(program), _tensor_constants(rewritten))]
+    if rewritten.weights is not program.weights:
+        sources.append((program.weights, rewritten.weights))
     error = magnitude = 0.0
-    for weight in program.weights.names():
-        before, after = program.weights.load(weight).detach(), rewritten.weights.load(weight).detach()
-        magnitude = max(magnitude, _largest(before))
-        if torch.equal(before, after):
-            continue
-        if before.shape != after.shape or before.dtype != after.dtype:
-            return Check("weights", f"{name}: '{weight}' has another shape or dtype", 1.0, 0.0, magnitude)
-        error = worst(error, _error(after, before))
+    for old, new in sources:
+        if set(old.names()) != set(new.names()):
+            return Check("weights", f"{name}: other names", 1.0, 0.0, 0.0)
+        for weight in old.names():
+            before, after = old.load(weight).detach(), new.load(weight).detach()
+            magnitude = max(magnitude, _largest(before))
+            if before.shape != after.shape or before.dtype != after.dtype:
+                return Check("weights", f"{name}: '{weight}' has another shape or dtype", 1.0, 0.0, magnitude)
+            if not torch.equal(before, after):
+                error = worst(error, _error(after, before))
     return Check("weights", name, error, 0.0, magnitude)
+
+
+def _tensor_constants(program: Program) -> Weights:
+    constants = program.exported.constants
+    return TensorWeights({name: value for name, value in constants.items() if isinstance(value, Tensor)})
 
 
 def check_rewritten(program: Program, rewritten: Program, plan: Plan, inputs: Mapping[str, Tensor]) -> list[Check]:
@@ -154,7 +177,7 @@ def check_rewritten(program: Program, rewritten: Program, plan: Plan, inputs: Ma
     reference = execute(program, inputs, hooks=written_out, float64=True)
     for i, value in enumerate(ours):
         plain_values = [outputs[i] for outputs in plain]
-        checks.append(_derived_check("model", f"output {i}", value, plain_values, reference[i]))
+        checks.append(derived_check("model", f"output {i}", value, plain_values, reference[i]))
     return checks
 
 
@@ -182,7 +205,7 @@ def _site_watcher(site: SitePlan, checks: list[Check]) -> CallHook:
         scale = WindowAttentionArgs.of_call(args, kwargs).scale
         plain = [_reference(site, q, k, v, scale, attend) for attend in _PLAIN]
         exact = _reference(site, q.double(), k.double(), v.double(), scale, masked_attention)
-        checks.append(_derived_check("site", site.node, out, plain, exact))
+        checks.append(derived_check("site", site.node, out, plain, exact))
         return out
 
     return watch
@@ -218,4 +241,4 @@ def check_pattern(site: SitePlan, *, scale: float | None = None, rows: int = 64)
     plain = [reference_window_attention(q, k, v, attend=attend, **options) for attend in _PLAIN]  # type: ignore[arg-type]
     exact = reference_window_attention(q.double(), k.double(), v.double(), **options)  # type: ignore[arg-type]
     name = f"{site.pattern} on {site.grid}"
-    return _derived_check("pattern", name, ours, plain, exact)
+    return derived_check("pattern", name, ours, plain, exact)

@@ -182,7 +182,45 @@ def test_comparison_fails_on_nan_and_on_another_model(tmp_path: Path) -> None:
     for shift, passes in ((0.1, True), (0.1001, False), (float("nan"), False), (float("inf"), False)):
         path = tmp_path / "shifted.onnx"
         export_onnx(trace(Shifted(shift), (x,)), path, check=False)
-        assert compare_onnx(path, program, {"x": x}).passed is passes, shift
+        untouched, shifted = compare_onnx(path, program, {"x": x})
+        assert untouched.passed
+        assert shifted.passed is passes, shift
+
+
+def test_each_output_is_compared_by_itself(tmp_path: Path) -> None:
+    """A small output must not hide behind the rounding of a large one."""
+
+    class Scaled(nn.Module):
+        def __init__(self, small: float) -> None:
+            super().__init__()
+            self.small = nn.Parameter(torch.tensor([small]))
+
+        def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+            return x.sin() * 1e6, x * self.small
+
+    x = torch.randn(50, generator=torch.Generator().manual_seed(0))
+    path = tmp_path / "scaled.onnx"
+    export_onnx(trace(Scaled(2e-6), (x,)), path, check=False)
+    large, small = compare_onnx(path, trace(Scaled(1e-6), (x,)), {"x": x})
+    assert large.passed
+    assert not small.passed
+
+
+def test_a_model_that_fails_at_run_time_is_one_sentence(tmp_path: Path) -> None:
+    from onnx import TensorProto, helper, save_model
+
+    value = helper.make_tensor_value_info
+    graph = helper.make_graph(
+        [helper.make_node("Reshape", ["x", "shape"], ["y"])],
+        "reshape",
+        [value("x", TensorProto.FLOAT, [4]), value("shape", TensorProto.INT64, [1])],
+        [value("y", TensorProto.FLOAT, ["n"])],
+    )
+    path = tmp_path / "reshape.onnx"
+    save_model(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10), path)
+    engine = load_engine(path)
+    with pytest.raises(EngineError, match=r"onnxruntime cannot run '.*reshape\.onnx'"):
+        engine(np.zeros(4, np.float32), np.array([3]))
 
 
 # --- files ---------------------------------------------------------------------------------------

@@ -342,7 +342,8 @@ def test_the_unrewritten_export_has_dense_attention(cases: Mapping[str, Case], t
     case = cases["wan-even"]
     report = export_onnx_report(case.program, tmp_path / "full.onnx")
     assert report.comparison is not None
-    assert 0 < report.comparison.error <= report.comparison.allowed < 1e-4 * report.comparison.magnitude
+    (check,) = report.comparison
+    assert 0 < check.error <= check.allowed < 1e-4 * check.magnitude
     assert report.to_json()["comparison"]["passed"] is True
     model = _inferred(onnx.load(tmp_path / "full.onnx"))
     assert not model.functions
@@ -397,7 +398,7 @@ def test_float16_keeps_the_signature_and_errs_as_torch_in_half(cases: Mapping[st
     case, path = cases["wan-even"], tmp_path / "half.onnx"
     report = export_onnx_report(case.rewritten, path, precision="float16", check=True)
     assert report.comparison is not None
-    assert report.comparison.passed
+    assert report.passed
     model = onnx.load(path)
     float32, half = onnx.TensorProto.FLOAT, onnx.TensorProto.FLOAT16
     assert {v.type.tensor_type.elem_type for v in [*model.graph.input, *model.graph.output]} == {float32}
@@ -447,3 +448,27 @@ def test_a_failed_export_leaves_the_old_file(
         export_onnx(small, path, check=False)
     assert [file.name for file in tmp_path.iterdir()] == ["model.onnx"]
     assert path.read_bytes() == b"old"
+
+
+def test_a_key_padding_mask_runs_in_onnxruntime(tmp_path: Path) -> None:
+    """Its query axis has one position, which onnxruntime's Attention does not broadcast."""
+
+    class Cross(nn.Module):
+        def forward(self, q: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+            return nn.functional.scaled_dot_product_attention(q, text, text, mask)
+
+    torch.manual_seed(0)
+    mask = torch.zeros(2, 1, 1, 7).masked_fill(torch.arange(7) > 4, float("-inf"))
+    program = trace(Cross(), (torch.randn(2, 3, 12, 8), torch.randn(2, 3, 7, 8), mask))
+    report = export_onnx_report(program, tmp_path / "cross.onnx")
+    assert report.comparison is not None
+    assert report.passed
+
+
+def test_bfloat16_is_written_and_said_not_to_be_compared(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    program = trace(nn.Conv1d(2, 2, 3).to(torch.bfloat16), (torch.randn(1, 2, 8, dtype=torch.bfloat16),))
+    report = export_onnx_report(program, tmp_path / "half.onnx")
+    assert (tmp_path / "half.onnx").is_file()
+    assert report.comparison is None
+    assert "NOT_IMPLEMENTED" in report.not_compared

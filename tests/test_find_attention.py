@@ -227,6 +227,35 @@ def two_videos_in_one_sequence(net: Net, x: Tensor, y: Tensor) -> Tensor:
     return net.attend(torch.cat([net.tokens(x), net.tokens(y)], 1))
 
 
+def keys_of_one_batch_element(net: Net, x: Tensor, y: Tensor) -> Tensor:
+    q, k, v = net.qkv(net.tokens(x).expand(2, -1, -1))
+    return scaled_dot_product_attention(q, k[:1], v[:1])
+
+
+def one_frame_selected(net: Net, x: Tensor, y: Tensor) -> Tensor:
+    return net.attend(net.volume(x)[:, 1].flatten(1, 2))
+
+
+def frames_unbound(net: Net, x: Tensor, y: Tensor) -> Tensor:
+    frames = torch.cat([frame.flatten(1, 2) for frame in net.volume(x).unbind(1)])
+    return net.attend(frames)
+
+
+def rolled_by_writing(net: Net, x: Tensor, y: Tensor) -> Tensor:
+    """The empty tensor says nothing of order, but its rows are tokens of another place."""
+    tokens = net.tokens(x)
+    moved = torch.empty_like(tokens)
+    moved[:, :30] = tokens[:, 30:]
+    moved[:, 30:] = tokens[:, :30]
+    return net.attend(moved + 0 * tokens)
+
+
+def permuted_by_matmul(net: Net, x: Tensor, y: Tensor) -> Tensor:
+    tokens = net.tokens(x)
+    permutation = torch.eye(60).flip(0)
+    return net.attend(permutation @ tokens + 0 * tokens)
+
+
 def three_axes(net: Net, x: Tensor, y: Tensor) -> Tensor:
     q = net.to_q(net.tokens(x))
     return scaled_dot_product_attention(q, q, q)
@@ -254,6 +283,11 @@ def three_axes(net: Net, x: Tensor, y: Tensor) -> Tensor:
         (keys_of_unknown_order, TEXT, "unknown-layout", "aten.flip"),
         (keys_pooled, TEXT, "cross-attention", "60 queries on 30 keys"),
         (two_videos_in_one_sequence, OTHER_VIDEO, "unknown-layout", "more than one token grid"),
+        (keys_of_one_batch_element, TEXT, "unknown-layout", "queries of batch 2 on keys of batch 1"),
+        (one_frame_selected, TEXT, "already-windowed", "4 of axis 3 of input 'x' x 5 of axis 4"),
+        (frames_unbound, TEXT, "already-windowed", "4 of axis 3 of input 'x' x 5 of axis 4"),
+        (rolled_by_writing, TEXT, "unknown-layout", "the order of the tokens is lost"),
+        (permuted_by_matmul, TEXT, "unknown-layout", "the order of the tokens is lost"),
         (three_axes, TEXT, "unknown-layout", "queries have 3 axes"),
     ],
 )

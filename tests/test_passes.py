@@ -20,6 +20,7 @@ import t3compile
 from t3compile.errors import ExportError, PlanError, RewriteError
 from t3compile.geometry import Splits, TokenGrid
 from t3compile.ops import WINDOW_ATTENTION
+from t3compile.passes.broadcast_masks import BroadcastMasks
 from t3compile.passes.forward_copies import ForwardCopies
 from t3compile.passes.graph_pass import GraphPass, remove_unused
 from t3compile.passes.interleave_slices import InterleaveSlices
@@ -514,3 +515,29 @@ def test_rewritten_model_trains() -> None:
         assert all(bool(g.any()) for g in gradients.values() if g is not None)
         optimizer.step()
     assert losses == sorted(set(losses), reverse=True)
+
+
+class Masked(nn.Module):
+    def forward(self, q: Tensor, kv: Tensor, mask: Tensor) -> Tensor:
+        return nn.functional.scaled_dot_product_attention(q, kv, kv, mask)
+
+
+@pytest.mark.parametrize(("shape", "fires"), [((2, 1, 1, 7), True), ((1, 7), True), ((5, 7), False)])
+def test_masks_get_their_query_axis(shape: tuple[int, ...], fires: bool) -> None:
+    torch.manual_seed(0)
+    inputs = (torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8), torch.randn(shape))
+    program = trace(Masked(), inputs)
+    result = BroadcastMasks()(program)
+    assert result.modified is fires
+    assert (result.program is program) is not fires
+    assert not BroadcastMasks()(result.program).modified
+    assert torch.equal(result.program.module()(*inputs), Masked()(*inputs))
+
+
+def test_half_masks_stay_finite() -> None:
+    """float32's most negative number is infinite in half, and a row without keys would be NaN."""
+    torch.manual_seed(0)
+    mask = torch.full((1, 1, 5, 7), torch.finfo(torch.float32).min)
+    inputs = (torch.randn(1, 1, 5, 8), torch.randn(1, 1, 7, 8), mask)
+    half = MixPrecision("float16")(trace(Masked(), inputs)).program
+    assert half.module()(*inputs).isfinite().all()

@@ -299,3 +299,9 @@ def test_limits_of_fused_kernels_are_warned_of() -> None:
 def test_planning_imports_no_torch() -> None:
     program = "import t3compile.plan, t3compile.cost, sys; assert not {'torch', 'numpy', 'onnx'} & set(sys.modules)"
     subprocess.run([sys.executable, "-c", program], check=True)
+
+
+@pytest.mark.parametrize("text", ["[" * 100_000, '{"t3compile_plan": 1' + "0" * 5000 + "}"])
+def test_absurd_json_is_one_sentence(text: str) -> None:
+    with pytest.raises(PlanError, match="t3compile plan"):
+        Plan.loads(text)

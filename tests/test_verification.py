@@ -21,11 +21,12 @@ from t3compile.geometry import Splits
 from t3compile.inputs import named_inputs
 from t3compile.loading import load_program
 from t3compile.ops import WINDOW_ATTENTION
+from t3compile.passes.find_attention import find_attention
 from t3compile.pattern import WindowPattern
 from t3compile.pipeline import detect, rewrite, verify
 from t3compile.plan import Plan, make_plan
-from t3compile.program import Program, trace
-from t3compile.verification import Check, VerifyReport, check_identity, check_pattern, worst
+from t3compile.program import Program, copy_exported, trace
+from t3compile.verification import Check, VerifyReport, check_identity, check_pattern, derived_check, worst
 from t3compile.weights import TensorWeights
 from tests.tiny_models import HandWrittenDiT, tiny_wan
 
@@ -88,7 +89,8 @@ def test_a_right_rewrite_passes(case: Case, portable: bool) -> None:
     rewritten = rewrite(case.program, case.plan, portable=True) if portable else case.rewritten
     report = verify(case.program, rewritten, case.plan)
     assert report.passed
-    assert _kinds(report) == ["identity", *([] if portable else ["site"] * 3), "model"]
+    sites = [] if portable else ["site"] * 3
+    assert _kinds(report) == ["identity", *sites, "model", "graph", "weights", *["pattern"] * 3]
     assert report.not_run == ()
     assert report.grid == "3x4x6"
 
@@ -225,7 +227,7 @@ def test_a_wrong_call_fails_the_model_check(case: Case, sabotage: Any) -> None:
 def test_a_portable_program_of_another_plan_fails(case: Case) -> None:
     other = make_plan(detect(case.program), list(reversed(SPLITS)))
     report = verify(case.program, rewrite(case.program, other, portable=True), case.plan)
-    assert _failed(report) == ["output 0"]
+    assert _failed(report) == ["output 0", "rewritten graph against the plan"]
 
 
 def _with_weight(program: Program, name: str, change: Callable[[Tensor], Tensor]) -> Program:
@@ -240,7 +242,7 @@ def test_a_changed_weight_fails(case: Case) -> None:
         return weight
 
     report = verify(case.program, _with_weight(case.rewritten, "blocks.1.out.weight", nudge), case.plan)
-    assert _failed(report) == ["output 0"]
+    assert _failed(report) == ["output 0", "weights and constants against the original's"]
 
 
 def test_nan_fails(case: Case) -> None:
@@ -287,7 +289,7 @@ def test_a_large_rewritten_file_passes(large: Case, tmp_path: Path) -> None:
 @pytest.mark.parametrize("value", [2.0, float("nan")])
 def test_a_large_program_with_a_changed_weight_fails(large: Case, value: float) -> None:
     changed = _with_weight(large.rewritten, "proj_out.weight", lambda weight: weight * value)
-    assert _failed(verify(large.program, changed, large.plan)) == ["weights against the original's"]
+    assert _failed(verify(large.program, changed, large.plan)) == ["weights and constants against the original's"]
 
 
 def test_the_identity_check_catches_any_changed_bit(case: Case) -> None:
@@ -453,3 +455,51 @@ def test_hooks_replace_calls_and_get_their_arguments(case: Case) -> None:
     (out,) = execute(case.program, inputs, hooks=dict.fromkeys(names, zero))
     assert got == [(name, (1, 2, 72, 12)) for name in names]
     assert not torch.equal(out, execute(case.program, inputs)[0])
+
+
+# --- what only an attentive proof sees ------------------------------------------------------------
+
+
+def test_inputs_of_zeros_do_not_hide_a_wrong_plan() -> None:
+    model = HandWrittenDiT(layers=2, grid=(3, 4, 6)).eval()
+    inputs = tuple(torch.zeros_like(x) for x in model.example_inputs())
+    program = trace(model, inputs)
+    survey = find_attention(program)
+    made, claimed = (make_plan(survey, [splits]) for splits in ((1, 2, 2), (3, 2, 1)))
+    report = verify(program, rewrite(program, made), claimed)
+    assert _failed(report) == ["rewritten graph against the plan"]
+
+
+def test_a_changed_constant_is_seen_on_a_large_model(large: Case) -> None:
+    exported = large.rewritten.exported
+    constants = {name: torch.zeros_like(value) for name, value in exported.constants.items()}
+    assert constants
+    changed = replace(large.rewritten, exported=copy_exported(exported, constants=constants))
+    assert _failed(verify(large.program, changed, large.plan)) == ["weights and constants against the original's"]
+
+
+def test_swapped_weights_are_seen_on_a_large_model(large: Case) -> None:
+    signature = copy.deepcopy(large.rewritten.exported.graph_signature)
+    first, second = (
+        next(spec for spec in signature.input_specs if spec.target == f"blocks.{i}.attn1.to_q.weight") for i in (0, 1)
+    )
+    first.target, second.target = second.target, first.target
+    changed = replace(large.rewritten, exported=copy_exported(large.rewritten.exported, signature=signature))
+    assert "rewritten graph against the plan" in _failed(verify(large.program, changed, large.plan))
+
+
+def test_whole_numbers_and_empty_outputs_are_compared() -> None:
+    class WithIndices(HandWrittenDiT):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            out = super().forward(*args, **kwargs)
+            return out, out.argmax(1), out[:0]
+
+    torch.manual_seed(0)
+    model = WithIndices(layers=1, grid=(3, 4, 6)).eval()
+    checked = _case(trace(model, model.example_inputs()), SPLITS[:1])
+    report = verify(checked.program, checked.rewritten, checked.plan)
+    assert report.passed
+    outputs = [check for check in report.checks if check.kind == "model"]
+    assert [check.error for check in outputs[1:]] == [0.0, 0.0]
+    wrong = derived_check("model", "output", torch.tensor([1, 2]), [torch.tensor([1, 3])], torch.tensor([1, 3]))
+    assert not wrong.passed

@@ -7,8 +7,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,7 +22,7 @@ from t3compile.inputs import VideoSize, call_inputs, diffusers_inputs
 from t3compile.loading.find_weights import find_weight_files, map_weight_files
 from t3compile.loading.load_factory import first_line
 from t3compile.loading.recognize import read_config
-from t3compile.program import Program, trace
+from t3compile.program import Program, default_dtype, trace
 from t3compile.weights import (
     NoWeights,
     OverlaidWeights,
@@ -119,7 +118,7 @@ def _build(folder: Path, cls: Any, config: Mapping[str, Any], dtype: torch.dtype
     import accelerate
 
     try:
-        with accelerate.init_empty_weights(include_buffers=False), _default_dtype(dtype):
+        with accelerate.init_empty_weights(include_buffers=False), default_dtype(dtype):
             module: nn.Module = cls.from_config(copy.deepcopy(dict(config)))
     except Exception as error:
         raise ModelFileError(
@@ -140,17 +139,6 @@ def _build(folder: Path, cls: Any, config: Mapping[str, Any], dtype: torch.dtype
                 fake = torch.empty(parameter.shape, dtype=final if is_float else parameter.dtype)
             owner._parameters[name] = nn.Parameter(fake, requires_grad=False)
     return module.eval()
-
-
-@contextmanager
-def _default_dtype(dtype: torch.dtype) -> Iterator[None]:
-    """As diffusers' from_pretrained does while it builds a model."""
-    before = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        yield
-    finally:
-        torch.set_default_dtype(before)
 
 
 def _most_common_dtype(given: Mapping[str, Tensor]) -> torch.dtype:

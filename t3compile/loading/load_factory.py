@@ -30,7 +30,7 @@ def load_factory(name: str, *, inputs: Mapping[str, Tensor] | None = None) -> Pr
             raise ModelFileError(
                 f"factory '{name}': no module named '{error.name}'; run from its folder or install its package"
             ) from None
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ModelFileError(
                 f"factory '{name}': importing '{module_name}' raised {type(error).__name__}: "
                 f"{first_line(error)}; mend the module"
@@ -47,7 +47,7 @@ def load_factory(name: str, *, inputs: Mapping[str, Tensor] | None = None) -> Pr
             )
         try:
             made = target()
-        except Exception as error:
+        except (Exception, SystemExit) as error:
             raise ModelFileError(
                 f"factory '{name}' raised {type(error).__name__}: {first_line(error)}; "
                 "it must return a module when called without arguments"

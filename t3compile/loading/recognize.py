@@ -108,7 +108,9 @@ def _recognize_file(path: Path) -> Kind:
     if is_safetensors(path):
         raise ModelFileError(f"'{path}' is a safetensors file and holds only weights; {WEIGHTS_REMEDY}")
     if head.startswith(_TENSORRT_MAGIC):
-        raise ModelFileError(f"'{path}' is a TensorRT engine, which cannot be rewritten; give the model that it was built from")
+        raise ModelFileError(
+            f"'{path}' is a TensorRT engine, which cannot be rewritten; give the model that it was built from"
+        )
     if head[0] == 0x08 and len(head) > 2 and 1 <= head[1] <= 32 and head[2] in _ONNX_SECOND_KEYS:
         raise ModelFileError(f"'{path}' is an ONNX model, which can only be run; use 't3compile run'")
     raise ModelFileError(f"'{path}' is not a model file of a known kind; MODEL is {MODEL_KINDS}")

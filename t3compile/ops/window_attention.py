@@ -167,6 +167,10 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, args: WindowAttentionArgs) ->
                 f"{args.grid}, prefix {args.prefix}, suffix {args.suffix}"
             )
 
+    if not q.shape[:2] == k.shape[:2] == v.shape[:2]:
+        heads = ", ".join(f"{name} {tuple(x.shape[:2])}" for name, x in (("q", q), ("k", k), ("v", v)))
+        raise ValueError(f"{_NAME}: batch and heads must be the same, but are {heads}")
+
 
 def _kernel(q: Tensor, k: Tensor, v: Tensor, *op_args: Any) -> Tensor:
     args = WindowAttentionArgs.from_op_args(*op_args)
