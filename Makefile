@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cpu,diffusers,dev]'
 	@touch $@
 
-demo: $(STAMP) ## The whole line on Wan2.1-T2V-1.3B's configuration: load, rewrite, verify, export, run (about 3 minutes)
+demo: $(STAMP) ## The whole line on Wan2.1-T2V-1.3B's configuration: load, rewrite, verify, export, run (about two minutes)
 	$(BIN)/python -m t3compile.demo
 
 bench: $(STAMP) ## The demo's rewritten and full models side by side in onnxruntime, more repeats
