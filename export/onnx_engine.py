@@ -154,7 +154,8 @@ def check_onnx_file(path: Path) -> None:
 
 
 def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
-    for root in (model.graph, *model.functions.values()):
+    roots: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
+    for root in roots:
         tensors = _initializers(root) if isinstance(root, ir.Graph) else []
         for node in ir.traversal.RecursiveGraphIterator(root):
             for attribute in node.attributes.values():

@@ -414,10 +414,10 @@ def export(
         show_json(report.to_json())
     else:
         rows = [("file", report.path), ("functions", ", ".join(report.functions) or "none")]
-        for check in compared or ():
-            result = "ok" if check.passed else "FAILED"
-            text = f"error {check.error:.3g} against float64, allowed {check.allowed:.3g}: {result}"
-            rows.append((f"{check.name} in onnxruntime", text))
+        for one in compared or ():
+            result = "ok" if one.passed else "FAILED"
+            text = f"error {one.error:.3g} against float64, allowed {one.allowed:.3g}: {result}"
+            rows.append((f"{one.name} in onnxruntime", text))
         show_table("Export", ("what", "value"), rows)
     for note in report.notes:
         say(f"warning: {note}")
