@@ -12,9 +12,10 @@ import onnx_ir as ir
 import torch
 from torch import Tensor
 
-from t3compile.errors import EngineError, InputsError, MissingExtraError, MissingKernelError
+from t3compile.errors import EngineError, InputsError, MissingExtraError, MissingKernelError, first_line
+from t3compile.export.name_inputs import name_inputs
+from t3compile.loading.recognize import TENSORRT_MAGIC
 
-_TENSORRT_MAGIC = (b"ftrt", b"ptrt")
 _NUMPY_TYPES: dict[str, np.dtype[Any]] = {
     "tensor(float)": np.dtype(np.float32),
     "tensor(float16)": np.dtype(np.float16),
@@ -64,7 +65,7 @@ class OnnxEngine:
             self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
         except Exception as error:
             kind = MissingKernelError if "NOT_IMPLEMENTED" in str(error) else EngineError
-            raise kind(f"onnxruntime cannot load '{path}': {_first_line(error)}") from error
+            raise kind(f"onnxruntime cannot load '{path}': {first_line(error)}") from error
         self._path = path
         self.inputs = tuple(_engine_input(value) for value in self._session.get_inputs())
         self.output_names = tuple(value.name for value in self._session.get_outputs())
@@ -75,21 +76,15 @@ class OnnxEngine:
         try:
             outputs = self._session.run(None, arrays)
         except Exception as error:
-            raise EngineError(f"onnxruntime cannot run '{self._path}': {_first_line(error)}") from error
+            raise EngineError(f"onnxruntime cannot run '{self._path}': {first_line(error)}") from error
         if any(isinstance(value, Tensor) for value in given.values()):
             outputs = [torch.from_numpy(output) for output in outputs]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def _named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
         expected = ", ".join(map(str, self.inputs))
-        if len(args) > len(self.inputs):
-            raise InputsError(f"{len(args)} inputs were given, the model has {len(self.inputs)}: {expected}")
-        named = {spec.name: value for spec, value in zip(self.inputs, args, strict=False)}
-        for name, value in kwargs.items():
-            if name in named:
-                raise InputsError(f"input '{name}' is given twice, by position and by name")
-            named[name] = value
-        known = {spec.name for spec in self.inputs}
+        known = [spec.name for spec in self.inputs]
+        named = name_inputs(args, kwargs, known, expected)
         for name in named:
             if name not in known:
                 raise InputsError(f"unknown input '{name}'; the model's inputs are {expected}")
@@ -97,10 +92,6 @@ class OnnxEngine:
             if spec.name not in named:
                 raise InputsError(f"input '{spec.name}' is missing; the model's inputs are {expected}")
         return named
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def _engine_input(value: Any) -> EngineInput:
@@ -130,7 +121,7 @@ def check_onnx_file(path: Path) -> None:
     if not path.is_file():
         raise EngineError(f"'{path}' does not exist; give the .onnx file that 't3compile export' wrote")
     with path.open("rb") as file:
-        if file.read(4) in _TENSORRT_MAGIC:
+        if file.read(4) in TENSORRT_MAGIC:
             raise EngineError(
                 f"'{path}' is a TensorRT engine, which this version of t3compile cannot run; give the .onnx file it "
                 "was built from"

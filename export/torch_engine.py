@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from t3compile.errors import InputsError
+from t3compile.export.name_inputs import name_inputs
 from t3compile.inputs import bind_inputs
 from t3compile.program import Program, user_input_names
 
@@ -35,15 +36,7 @@ class TorchEngine:
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
     def _named(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
-        if len(args) > len(self.input_names):
-            raise InputsError(
-                f"{len(args)} inputs were given, the program has {len(self.input_names)}: {self._expected}"
-            )
-        named = dict(zip(self.input_names, args, strict=False))
-        for name, value in kwargs.items():
-            if name in named:
-                raise InputsError(f"input '{name}' is given twice, by position and by name")
-            named[name] = value
+        named = name_inputs(args, kwargs, self.input_names, self._expected)
         return {name: self._tensor(name, value) for name, value in named.items()}
 
     def _tensor(self, name: str, value: Any) -> Tensor:

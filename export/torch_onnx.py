@@ -11,7 +11,7 @@ import onnx_ir as ir
 import torch
 from torch.export import ExportedProgram
 
-from t3compile.errors import ExportError
+from t3compile.errors import ExportError, first_line
 
 OPSET = 23
 
@@ -32,10 +32,7 @@ def export_graph(
                 verbose=False,
             )
         except Exception as error:
-            lines = str(error).strip().splitlines()
-            raise ExportError(
-                f"torch.onnx.export failed: {type(error).__name__}: {lines[0] if lines else ''}"
-            ) from error
+            raise ExportError(f"torch.onnx.export failed: {type(error).__name__}: {first_line(error)}") from error
     assert program is not None
     return program.model
 

@@ -18,7 +18,7 @@ from t3compile.export.window_function import (
     build_function,
     read_key,
 )
-from t3compile.files import check_space, check_writable, staged_outputs
+from t3compile.files import staged_outputs
 from t3compile.program import Program
 
 PLAN_PROPERTY = "t3compile_plan"
@@ -38,9 +38,7 @@ def write_onnx(
     functions = tuple(identifier[1] for identifier in model.functions)
     if inline:
         model = InlinePass()(model).model
-    check_writable(path)
-    check_space(path, program.weight_bytes)
-    with staged_outputs(path) as stage:
+    with staged_outputs(path, needed_bytes=program.weight_bytes) as stage:
         staged = stage / path.name
         ir.save(
             model,

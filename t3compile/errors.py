@@ -64,3 +64,9 @@ class MissingExtraError(T3CompileError):
         )
         self.package = package
         self.extra = extra
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's message, for one-sentence messages."""
+    lines = str(error).strip().splitlines()
+    return lines[0] if lines else "no message"

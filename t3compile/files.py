@@ -26,8 +26,8 @@ def check_writable(path: Path) -> None:
         raise OutputError(f"cannot write '{path}': {error.strerror} in '{parent}'") from None
 
 
-def check_space(path: Path, needed_bytes: int) -> None:
-    """Raise OutputError, before any work, when the disk under `path` has no room for so much."""
+def _check_space(path: Path, needed_bytes: int) -> None:
+    """Raise OutputError when the disk under `path` has no room for so much."""
     free = shutil.disk_usage(path.parent).free
     if free < needed_bytes:
         raise OutputError(
@@ -37,12 +37,14 @@ def check_space(path: Path, needed_bytes: int) -> None:
 
 
 @contextmanager
-def staged_outputs(path: Path) -> Iterator[Path]:
+def staged_outputs(path: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
     """A folder beside `path`; every file left in it is moved into place when the block ends well, else removed.
 
-    The file named like `path` is moved last, so that whatever it refers to is there first.
+    The file named like `path` is moved last, so that whatever it refers to is there first. Raises OutputError, before
+    the block, when `path` cannot be written or the disk has no room for `needed_bytes`.
     """
     check_writable(path)
+    _check_space(path, needed_bytes)
     stage = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
     try:
         yield stage

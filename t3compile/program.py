@@ -20,8 +20,8 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
-from t3compile.errors import TraceError
-from t3compile.files import check_space, check_writable, staged_outputs
+from t3compile.errors import TraceError, first_line
+from t3compile.files import staged_outputs
 from t3compile.plan import Plan
 from t3compile.weights import TensorWeights, Weights
 
@@ -93,10 +93,8 @@ class Program:
     def save(self, path: str | Path) -> Path:
         """Write a torch.export ``.pt2`` (with the plan inside, if rewritten), beside first, then renamed."""
         path = Path(path)
-        check_writable(path)
-        check_space(path, self.weight_bytes)
         extra = {} if self.plan is None else {PLAN_ENTRY: self.plan.dumps()}
-        with staged_outputs(path) as stage, _torch_quiet():
+        with staged_outputs(path, needed_bytes=self.weight_bytes) as stage, _torch_quiet():
             # torch.export.save insists on the suffix; the staged name must be the final one.
             target = stage / f"{path.name}.pt2"
             torch.export.save(self.with_weights(), target, extra_files=extra)
@@ -177,9 +175,9 @@ def trace(
             exported = torch.export.export(module, fake_args, fake_kwargs, strict=False)
             exported = functionalized(exported)
     except Exception as error:
-        lines = str(error).strip().splitlines()
-        reason = lines[0] if lines else type(error).__name__
-        raise TraceError(f"torch.export could not trace {source}: {type(error).__name__}: {reason}") from error
+        raise TraceError(
+            f"torch.export could not trace {source}: {type(error).__name__}: {first_line(error)}"
+        ) from error
     exported.example_inputs = (args, named)
     if weights is None:
         weights = TensorWeights(dict(exported.state_dict))

@@ -14,10 +14,9 @@ import torch
 from torch import SymInt, Tensor
 from torch.export import ExportedProgram
 
-from t3compile.errors import MissingExtraError, ModelFileError, PlanError
+from t3compile.errors import MissingExtraError, ModelFileError, PlanError, first_line
 from t3compile.inputs import bind_inputs
 from t3compile.loading.check_archive import check_archive
-from t3compile.loading.load_factory import first_line
 from t3compile.plan import Plan
 from t3compile.program import PLAN_ENTRY, Program, copy_exported, functionalized
 from t3compile.weights import TensorWeights

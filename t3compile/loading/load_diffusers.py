@@ -17,10 +17,9 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from t3compile.errors import InputsError, MissingExtraError, ModelFileError, WeightsError
+from t3compile.errors import InputsError, MissingExtraError, ModelFileError, WeightsError, first_line
 from t3compile.inputs import VideoSize, call_inputs, diffusers_inputs
 from t3compile.loading.find_weights import find_weight_files, map_weight_files
-from t3compile.loading.load_factory import first_line
 from t3compile.loading.recognize import read_config
 from t3compile.program import Program, default_dtype, trace
 from t3compile.weights import (

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from t3compile.errors import ModelFileError
+from t3compile.errors import ModelFileError, first_line
 from t3compile.loading.trace_made import trace_made
 from t3compile.program import Program
 
@@ -67,9 +67,3 @@ def current_folder_importable() -> Iterator[None]:
     finally:
         if folder in sys.path:
             sys.path.remove(folder)
-
-
-def first_line(error: BaseException) -> str:
-    """The first line of an error's message, for one-sentence messages."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else "no message"

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t3compile.errors import ModelFileError
-from t3compile.loading.load_factory import current_folder_importable, first_line
+from t3compile.errors import ModelFileError, first_line
+from t3compile.loading.load_factory import current_folder_importable
 from t3compile.loading.recognize import WEIGHTS_REMEDY
 from t3compile.loading.trace_made import trace_made
 from t3compile.program import Program

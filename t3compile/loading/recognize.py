@@ -24,7 +24,7 @@ WEIGHTS_REMEDY = "give the diffusers folder of the model (config.json) as MODEL 
 _FACTORY = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 _ZIP_MAGIC = b"PK\x03\x04"
 _LFS_MAGIC = b"version https://git-lfs"
-_TENSORRT_MAGIC = (b"ftrt", b"ptrt")
+TENSORRT_MAGIC = (b"ftrt", b"ptrt")
 # Keys of an ONNX ModelProto that follow its first field, ir_version.
 _ONNX_SECOND_KEYS = b"\x12\x1a\x22\x28\x32\x3a\x42"
 _LARGEST_SAFETENSORS_HEADER = 100_000_000
@@ -107,7 +107,7 @@ def _recognize_file(path: Path) -> Kind:
         return "pickle"
     if is_safetensors(path):
         raise ModelFileError(f"'{path}' is a safetensors file and holds only weights; {WEIGHTS_REMEDY}")
-    if head.startswith(_TENSORRT_MAGIC):
+    if head.startswith(TENSORRT_MAGIC):
         raise ModelFileError(
             f"'{path}' is a TensorRT engine, which cannot be rewritten; give the model that it was built from"
         )
