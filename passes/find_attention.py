@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
@@ -10,15 +9,24 @@ import torch
 from torch import Tensor, fx
 
 from t3compile.errors import GridError
-from t3compile.geometry import TokenGrid
+from t3compile.geometry import GridHint, TokenGrid
 from t3compile.passes.count_model import count_model
-from t3compile.passes.layout import Axis, Digit, Segment, segment_size
+from t3compile.passes.layout import Axis, segment_size
+from t3compile.passes.place_in_stacks import module_path, place_in_stacks
+from t3compile.passes.read_grid import (
+    GridReader,
+    Refusal,
+    Stretch,
+    describe_tokens,
+    is_tensor_input,
+    refine_grid,
+)
+from t3compile.passes.read_values import ValueReader
 from t3compile.passes.track_layout import LayoutTracker
 from t3compile.program import Program, user_input_names
-from t3compile.sites import AttentionSite, Declined, GridAxis, Reason, SiteSurvey
+from t3compile.sites import NOT_A_CANDIDATE, AttentionSite, Declined, GridAxis, SiteSurvey
 
 ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
-_BATCH_AXIS = 0
 
 
 @dataclass(frozen=True)
@@ -59,56 +67,63 @@ class AttentionCall:
 
 @dataclass(frozen=True)
 class _Tokens:
-    """A sequence axis read as prefix + grid + suffix."""
+    """A call's tokens: one grid among the keys and the queries, and what stands around it."""
 
     grid: TokenGrid
+    order: str
     prefix: int
     suffix: int
-    axes: tuple[GridAxis, ...]
+    query_prefix: int
+    query_suffix: int
+    axes: tuple[GridAxis, ...] = ()
+    assumption: str = ""
+    masked: bool = False
 
 
-@dataclass(frozen=True)
-class _No:
-    """Why a call is not a site."""
-
-    reason: Reason
-    detail: str
-
-
-def find_attention(program: Program, grid: TokenGrid | None = None) -> SiteSurvey:
+def find_attention(program: Program, grid: TokenGrid | GridHint | None = None) -> SiteSurvey:
     """Survey of a program's attention calls.
 
     ``grid`` overrides or supplies the token grid; GridError where it contradicts the graph or fits no sequence.
     """
     graph = program.graph
     _refuse_dynamic_shapes(graph)
-    names = user_input_names(program.exported)
+    hint = GridHint(grid) if isinstance(grid, TokenGrid) else grid
     calls = [AttentionCall.read(node) for node in graph.nodes if node.target is ATTENTION]
-    tracker = LayoutTracker(graph, names)
-    verdicts = [_judge(call, tracker, grid) for call in calls]
-    if grid is not None and calls and not any(isinstance(v, _Tokens) for v in verdicts):
-        lengths = sorted({call.shape(call.q)[-2] for call in calls})
-        raise GridError(
-            f"grid {grid} has {grid.tokens} tokens, but no self-attention of the model has such a sequence: "
-            f"the attention calls have {', '.join(map(str, lengths))} query tokens"
-        )
-    verdicts = _separate_other_inputs(calls, verdicts, tracker)
-    places = _places_in_stacks(calls)
+    values = ValueReader(program)
+    tracker = LayoutTracker(graph, user_input_names(program.exported), values.read)
+    reader = GridReader(tracker, values, [node for node in graph.nodes if is_tensor_input(node)])
+    verdicts = [_judge(call, reader, hint) for call in calls]
+    if hint is not None and calls and not any(isinstance(v, _Tokens) for v in verdicts):
+        raise GridError(_no_such_sequence(hint, calls))
+    verdicts = _separate_other_inputs(calls, verdicts, reader)
+    sites = [call.node for call, verdict in zip(calls, verdicts, strict=True) if isinstance(verdict, _Tokens)]
+    places = dict(zip(sites, place_in_stacks(sites), strict=True))
     found: list[AttentionSite] = []
     declined: list[Declined] = []
-    axes: dict[GridAxis, None] = {}
-    for call, verdict, (stack, index) in zip(calls, verdicts, places, strict=True):
+    assumptions: dict[str, None] = {}
+    for call, verdict in zip(calls, verdicts, strict=True):
         if isinstance(verdict, _Tokens):
-            found.append(_site(call, verdict, stack, index))
-            axes.update(dict.fromkeys(verdict.axes))
+            found.append(_site(call, verdict, *places[call.node]))
+            assumptions.update({verdict.assumption: None} if verdict.assumption else {})
         else:
             declined.append(_declined(call, verdict))
+    if found and tracker.index_inputs:
+        named = " and ".join(f"'{name}'" for name in sorted(tracker.index_inputs))
+        assumptions[f"where tokens stand is read from the example values of input {named}: keep them so"] = None
     return SiteSurvey(
         fingerprint=program.fingerprint(),
         found=tuple(found),
         declined=tuple(declined),
         counts=count_model(program.exported),
-        grid_axes=tuple(axes),
+        assumptions=tuple(assumptions),
+    )
+
+
+def _no_such_sequence(hint: GridHint, calls: Sequence[AttentionCall]) -> str:
+    lengths = sorted({call.shape(call.q)[-2] for call in calls})
+    return (
+        f"grid {hint} has {hint.grid.tokens} tokens, but no self-attention of the model has such a sequence: "
+        f"the attention calls have {', '.join(map(str, lengths))} query tokens"
     )
 
 
@@ -122,185 +137,172 @@ def _refuse_dynamic_shapes(graph: fx.Graph) -> None:
             )
 
 
-def _judge(call: AttentionCall, tracker: LayoutTracker, grid: TokenGrid | None) -> _Tokens | _No:
+def _judge(call: AttentionCall, reader: GridReader, hint: GridHint | None) -> _Tokens | Refusal:
     q, k, v = (call.shape(x) for x in (call.q, call.k, call.v))
     if len(q) != 4 or len(k) != 4:
-        return _No("unknown-layout", f"queries have {len(q)} axes; expected [B, N, S, D]")
-    layout_q, layout_k = tracker.layout(call.q), tracker.layout(call.k)
-    tokens_q, tokens_k = layout_q[-2], layout_k[-2]
-    if q[-2] != k[-2]:
-        return _No("cross-attention", f"{q[-2]} queries on {k[-2]} keys: {_describe(tokens_k)} as keys")
-    if tokens_q != tokens_k and tokens_q.is_known and tokens_k.is_known:
-        same_input = tokens_q.inputs == tokens_k.inputs
-        detail = f"queries are {_describe(tokens_q)}, keys {_describe(tokens_k)}"
-        return _No("unknown-layout" if same_input else "cross-attention", detail)
+        return Refusal("unknown-layout", f"queries have {len(q)} axes; expected [B, N, S, D]")
+    tokens = _read_tokens(call, reader, hint)
+    if isinstance(tokens, Refusal) and tokens.reason in NOT_A_CANDIDATE:
+        return tokens
     if q[0] != k[0] or v[0] != k[0]:
-        return _No("unknown-layout", f"queries of batch {q[0]} on keys of batch {k[0]} and values of batch {v[0]}")
+        return Refusal("unknown-layout", f"queries of batch {q[0]} on keys of batch {k[0]} and values of batch {v[0]}")
     if q[1] != k[1] or v[1] != k[1]:
-        return _No("grouped-query", f"{q[1]} query heads on {k[1]} key heads")
+        return Refusal("grouped-query", f"{q[1]} query heads on {k[1]} key heads")
     if call.is_causal:
-        return _No("causal", "is_causal is set")
+        return Refusal("causal", "is_causal is set")
+    if isinstance(tokens, Refusal):
+        return tokens
     if call.mask is not None:
-        return _No("masked", f"the mask '{call.mask.name}' may hide grid keys")
+        return Refusal("masked", f"the mask '{call.mask.name}' may hide grid keys")
     if call.dropout:
-        return _No("dropout", f"dropout {call.dropout}: trace the model in eval mode")
-    read = _read_grid(layout_q[:-2], tokens_q, grid, tracker.dropped(call.q))
-    if isinstance(read, _Tokens) and tokens_q != tokens_k:
-        return _No("unknown-layout", f"queries are {_describe(tokens_q)}, keys {_describe(tokens_k)}")
-    return read
+        return Refusal("dropout", f"dropout {call.dropout}: trace the model in eval mode")
+    return tokens
 
 
-def _describe(axis: Axis) -> str:
-    """The tokens of an axis in words."""
-    parts = []
-    for segment in axis.segments:
-        inner = " x ".join(f"{digit.size} of {digit.origin}" for digit in segment)
-        parts.append(inner or "1 token")
-    return " then ".join(parts)
+def _read_tokens(call: AttentionCall, reader: GridReader, hint: GridHint | None) -> _Tokens | Refusal:
+    """The grid that stands once among the keys and once among the queries."""
+    keys, queries = reader.stretches(call.k), reader.stretches(call.q)
+    grids = [stretch for stretch in keys if isinstance(stretch, Stretch)]
+    if not grids:
+        refusal = _no_grid(call, reader)
+        if hint is None or refusal.reason in NOT_A_CANDIDATE:
+            return refusal
+        return _given(call, reader, hint)
+    # Of several grids the largest is windowed; the others (reference frames) stay global.
+    most = max(stretch.grid.tokens for stretch in grids)
+    largest = [stretch for stretch in grids if stretch.grid.tokens == most]
+    if hint is not None and hint.start is not None:
+        largest = [stretch for stretch in grids if stretch.start == hint.start] or largest
+    if len({stretch.segment for stretch in largest}) > 1:
+        starts = " or ".join(f"{stretch.grid}@{stretch.start}" for stretch in largest)
+        words = describe_tokens(reader.tokens(call.k))
+        return Refusal("two-grids", f"two candidate grids in one sequence ({words}): choose with --grid {starts}")
+    chosen = largest[0]
+    among_queries = [s for s in queries if isinstance(s, Stretch) and s.segment == chosen.segment]
+    if not among_queries:
+        return _other_queries(reader.tokens(call.q), reader.tokens(call.k), chosen)
+    start = next((s.start for s in among_queries if s.start == chosen.start), among_queries[0].start)
+    refined = chosen if hint is None else refine_grid(chosen, hint)
+    if isinstance(refined, Refusal):
+        return refined
+    return _around(call, refined.grid, refined.order, chosen.start, start, refined.axes, refined.assumption)
 
 
-def _read_grid(
-    outer: Sequence[Axis], tokens: Axis, grid: TokenGrid | None, dropped: frozenset[tuple[str, int]]
-) -> _Tokens | _No:
-    """The grid in a sequence axis: one stretch that runs over whole axes of one input, in their order."""
-    stretches = [_grid_of(segment, outer, dropped) for segment in tokens.segments]
-    whole = [i for i, stretch in enumerate(stretches) if isinstance(stretch, tuple)]
-    if len(whole) == 1:
-        (i,) = whole
-        return _derived(tokens, i, stretches[i], outer, grid)
-    if len(whole) > 1:
-        return _No("unknown-layout", f"more than one token grid in a sequence: {_describe(tokens)}")
-    if grid is not None:
-        return _given(tokens, grid)
-    refusals = [stretch for stretch in stretches if isinstance(stretch, _No)]
-    return refusals[0] if refusals else _No("unknown-layout", "the sequence has no tokens")
+def _around(
+    call: AttentionCall,
+    grid: TokenGrid,
+    order: str,
+    key_start: int,
+    query_start: int,
+    axes: tuple[GridAxis, ...] = (),
+    assumption: str = "",
+) -> _Tokens:
+    keys, queries = call.shape(call.k)[-2], call.shape(call.q)[-2]
+    return _Tokens(
+        grid,
+        order,
+        key_start,
+        keys - key_start - grid.tokens,
+        query_start,
+        queries - query_start - grid.tokens,
+        axes,
+        assumption,
+    )
 
 
-def _derived(
-    tokens: Axis,
-    position: int,
-    digits: tuple[Digit, ...] | _No,
-    outer: Sequence[Axis],
-    given: TokenGrid | None,
-) -> _Tokens | _No:
-    assert isinstance(digits, tuple)
-    sizes = [segment_size(segment) for segment in tokens.segments]
-    prefix, suffix = sum(sizes[:position]), sum(sizes[position + 1 :])
-    counts = tuple(digit.size for digit in digits)
-    derived = TokenGrid(*((1,) * (3 - len(counts)) + counts))
-    if given is not None and given != derived:
-        if given.tokens != derived.tokens:
-            return _No("grid-mismatch", f"the graph's grid is {derived}, not {given}")
-        if not _refines(given.sizes, counts):
-            raise GridError(
-                f"--grid {given} contradicts the grid {derived} derived from {_describe(tokens)}; leave --grid out"
-            )
-        return _Tokens(given, prefix, suffix, ())
-    axes = tuple(GridAxis(str(d.origin.input_name), d.origin.axis, d.origin.length // d.size) for d in digits)
-    return _Tokens(derived, prefix, suffix, axes)
+def _other_queries(queries: Axis, keys: Axis, grid: Stretch) -> Refusal:
+    """Why queries without the keys' grid are no site."""
+    words = f"queries are {describe_tokens(queries)}, keys {describe_tokens(keys)}"
+    grid_input = grid.segment[0].origin.input_name
+    if grid_input not in queries.inputs and queries.is_known:
+        beside = {name for segment in keys.segments for name in Axis((segment,)).inputs} - {grid_input}
+        return Refusal("text-queries" if queries.inputs <= beside else "cross-attention", words)
+    return Refusal("unknown-layout", words)
 
 
-def _refines(given: Sequence[int], derived: Sequence[int]) -> bool:
-    """Whether each derived axis is a row-major product of neighbouring given ones, such as H*W flattened to one."""
-    rest = list(given)
-    for size in derived:
-        product = 1
-        while rest and product < size:
-            product *= rest.pop(0)
-        if product != size:
-            return False
-    return all(size == 1 for size in rest)
+def _no_grid(call: AttentionCall, reader: GridReader) -> Refusal:
+    """Why keys without a grid are no site."""
+    queries, keys = reader.tokens(call.q), reader.tokens(call.k)
+    shared = [segment for segment in keys.segments if segment in queries.segments and segment_size(segment) > 1]
+    if not shared:
+        if queries.size != keys.size:
+            return Refusal("cross-attention", f"{queries.size} queries on {keys.size} keys: {describe_tokens(keys)} as keys")
+        words = f"queries are {describe_tokens(queries)}, keys {describe_tokens(keys)}"
+        is_other = queries.is_known and keys.is_known and not queries.inputs & keys.inputs
+        return Refusal("cross-attention" if is_other else "unknown-layout", words)
+    longest = max(shared, key=segment_size)
+    refusal = reader.stretches(call.k)[keys.segments.index(longest)]
+    assert isinstance(refusal, Refusal)
+    if queries != keys and queries.size == keys.size and refusal.reason != "no-grid":
+        words = f"queries are {describe_tokens(queries)}, keys {describe_tokens(keys)}"
+        return Refusal("unknown-layout", words)
+    return refusal
 
 
-def _given(tokens: Axis, grid: TokenGrid) -> _Tokens | _No:
+def _given(call: AttentionCall, reader: GridReader, hint: GridHint) -> _Tokens | Refusal:
     """A grid from the user on a sequence whose order the graph does not tell."""
-    sizes = [segment_size(segment) for segment in tokens.segments]
-    fitting = [i for i, size in enumerate(sizes) if size == grid.tokens]
-    if len(fitting) != 1:
-        return _No(
-            "grid-mismatch",
-            f"no single stretch of {grid.tokens} tokens ({grid}) in a sequence of stretches {sizes}",
-        )
-    (i,) = fitting
-    if tokens.segments[i] and len(tokens.segments[i]) > 1:
-        return _No("grid-mismatch", f"the tokens are {_describe(Axis((tokens.segments[i],)))}")
-    return _Tokens(grid, sum(sizes[:i]), sum(sizes[i + 1 :]), ())
-
-
-def _grid_of(segment: Segment, outer: Sequence[Axis], dropped: frozenset[tuple[str, int]]) -> tuple[Digit, ...] | _No:
-    """The digits of a segment if they are a whole grid in frame-major order."""
-    if not all(digit.origin.is_known for digit in segment) or not segment:
-        made_by = next((d.origin for d in segment if not d.origin.is_known), None)
-        return _No("unknown-layout", f"the order of the tokens is lost: {made_by or 'no tokens'}")
-    inputs = {digit.origin.input_name for digit in segment}
-    axes = [digit.origin.axis for digit in segment]
-    if len(inputs) > 1:
-        return _No("unknown-layout", f"tokens of several inputs are mixed: {_describe(Axis((segment,)))}")
-    (name,) = inputs
-    outside = {
-        digit.origin.axis
-        for axis in outer
-        for part in axis.segments
-        for digit in part
-        if digit.origin.input_name == name
-    } - {_BATCH_AXIS}
-    outside |= {axis for input_name, axis in dropped if input_name == name} - {_BATCH_AXIS, *axes}
-    if outside or not all(digit.is_whole for digit in segment) or len(set(axes)) != len(axes):
-        return _No("already-windowed", f"tokens attend within parts: {_describe(Axis((segment,)))}")
-    if len(axes) == 1:
-        return _No(
-            "no-grid",
-            f"the tokens are {segment[0].origin}, a flat sequence of {segment[0].size}: give --grid TxHxW",
-        )
-    if len(axes) > 3:
-        return _No("unknown-layout", f"more than three axes: {_describe(Axis((segment,)))}")
-    if axes != sorted(axes):
-        return _No("unknown-layout", f"the tokens are not frame-major: {_describe(Axis((segment,)))}")
-    return segment
+    queries, keys = reader.tokens(call.q), reader.tokens(call.k)
+    count = hint.grid.tokens
+    starts = [sum(segment_size(s) for s in keys.segments[:i]) for i in range(len(keys.segments))]
+    if hint.start is None:
+        fitting = [start for start, s in zip(starts, keys.segments, strict=True) if segment_size(s) == count]
+        if len(fitting) != 1:
+            sizes = [segment_size(segment) for segment in keys.segments]
+            return Refusal(
+                "grid-mismatch",
+                f"no single stretch of {count} tokens ({hint.grid}) in a sequence of stretches {sizes}: "
+                f"say where it starts with --grid {hint.grid}@START",
+            )
+        start = fitting[0]
+        segment = keys.segments[starts.index(start)]
+        if len(segment) > 1:
+            return Refusal("grid-mismatch", f"the tokens are {describe_tokens(Axis((segment,)))}")
+    else:
+        start = hint.start
+    piece = keys.slice(start, start + count) if start + count <= keys.size else None
+    if piece is None:
+        return Refusal("grid-mismatch", f"no {count} tokens of one kind at {start} in {describe_tokens(keys)}")
+    places = [start, *(sum(segment_size(s) for s in queries.segments[:i]) for i in range(len(queries.segments)))]
+    for place in places:
+        if place + count <= queries.size and queries.slice(place, place + count) == piece:
+            return _around(call, hint.grid, "thw", start, place)
+    words = f"queries are {describe_tokens(queries)}, keys {describe_tokens(keys)}"
+    return Refusal("grid-mismatch", f"the {count} tokens at {start} of the keys are not among the queries: {words}")
 
 
 def _separate_other_inputs(
-    calls: Sequence[AttentionCall], verdicts: list[_Tokens | _No], tracker: LayoutTracker
-) -> list[_Tokens | _No]:
-    """Where some site has a grid, flat sequences of another input (text) are no candidates for one."""
-    gridded = {axis.input_name for v in verdicts if isinstance(v, _Tokens) for axis in v.axes}
+    calls: Sequence[AttentionCall], verdicts: list[_Tokens | Refusal], reader: GridReader
+) -> list[_Tokens | Refusal]:
+    """Where some site has a grid, flat sequences of other inputs (text) are no candidates for one."""
+    gridded = {
+        name
+        for call, verdict in zip(calls, verdicts, strict=True)
+        if isinstance(verdict, _Tokens)
+        for name in _grid_inputs(call, verdict, reader)
+    }
     if not gridded:
         return verdicts
-    separated: list[_Tokens | _No] = []
+    separated: list[_Tokens | Refusal] = []
     for call, verdict in zip(calls, verdicts, strict=True):
-        if isinstance(verdict, _No) and verdict.reason in ("no-grid", "grid-mismatch", "masked"):
-            origins = {digit.origin.input_name for segment in tracker.layout(call.q)[-2].segments for digit in segment}
+        if isinstance(verdict, Refusal) and verdict.reason in ("no-grid", "grid-mismatch"):
+            origins = {digit.origin.input_name for segment in reader.tokens(call.q).segments for digit in segment}
             if None not in origins and not origins & gridded:
                 verdict = replace(verdict, reason="other-tokens")
         separated.append(verdict)
     return separated
 
 
-def _module_path(node: fx.Node) -> str:
-    stack = node.meta.get("nn_module_stack") or {}
-    paths = [str(value[0]) for value in stack.values()]
-    return paths[-1] if paths else ""
-
-
-def _places_in_stacks(calls: Sequence[AttentionCall]) -> list[tuple[str, int]]:
-    """(stack, index within it) of every call: the block number in the module path, else order of appearance."""
-    seen: dict[str, int] = {}
-    places = []
-    for call in calls:
-        path = _module_path(call.node)
-        numbers = re.findall(r"(?<=\.)\d+(?=\.|$)", path)
-        stack = re.sub(r"(?<=\.)\d+(?=\.|$)", "*", path)
-        rank = seen.get(stack, 0)
-        seen[stack] = rank + 1
-        places.append((stack, int(numbers[0]) if len(numbers) == 1 else rank))
-    return places
+def _grid_inputs(call: AttentionCall, tokens: _Tokens, reader: GridReader) -> set[str]:
+    """Inputs whose tokens make the grid of a site."""
+    piece = reader.tokens(call.k).slice(tokens.prefix, tokens.prefix + tokens.grid.tokens)
+    return set() if piece is None else piece.inputs
 
 
 def _site(call: AttentionCall, tokens: _Tokens, stack: str, index: int) -> AttentionSite:
     batch, heads, _, head_dim = call.shape(call.q)
     return AttentionSite(
         node=call.node.name,
-        module=_module_path(call.node),
+        module=module_path(call.node),
         stack=stack,
         index=index,
         grid=tokens.grid,
@@ -312,17 +314,22 @@ def _site(call: AttentionCall, tokens: _Tokens, stack: str, index: int) -> Atten
         value_dim=call.shape(call.v)[-1],
         dtype=str(call.q.meta["val"].dtype).removeprefix("torch."),
         scale=call.scale,
+        query_prefix=tokens.query_prefix,
+        query_suffix=tokens.query_suffix,
+        order=tokens.order,
+        masked=tokens.masked,
+        axes=tokens.axes,
     )
 
 
-def _declined(call: AttentionCall, refusal: _No) -> Declined:
+def _declined(call: AttentionCall, refusal: Refusal) -> Declined:
     q, k, v = (call.shape(x) for x in (call.q, call.k, call.v))
     batch = 1
     for size in q[:-3]:
         batch *= size
     return Declined(
         node=call.node.name,
-        module=_module_path(call.node),
+        module=module_path(call.node),
         reason=refusal.reason,
         detail=refusal.detail,
         batch=batch,

@@ -2,13 +2,15 @@
 
 A digit is one factor of an input axis: patches of two rows of an axis of 272 are (stride 2, size 136). A
 segment is a row-major product of digits, an axis a concatenation of segments. Flattening, splitting, permuting
-and concatenating tokens are exact operations on digits, so a token order is derived, never guessed. An axis of
-unknown meaning is a digit whose origin is the operation that made it: neutral if no input reached it (tables,
-constants), else lost.
+and concatenating tokens are exact operations on digits, so a token order is derived, never guessed. An axis that
+was lengthened before it is flattened (a reference frame put before the others, padding) is flattened as one digit
+that remembers its parts. An axis of unknown meaning is a digit whose origin is the operation that made it: neutral
+if no input reached it (tables, constants), else lost, with the inputs whose tokens may stand there.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -18,14 +20,21 @@ from dataclasses import dataclass, replace
 class Origin:
     """Where a digit comes from: an axis of a model input, or (input None) the operation that made it.
 
-    ``neutral``: no input reached it, or it repeats one position; it says nothing about token order.
+    ``reach`` are the inputs whose values may stand at an unknown origin's positions; where there are none (a table, one
+    position repeated) it is neutral: it says nothing about token order. ``parts`` are the stretches of an axis that was
+    lengthened; it is named after the longest of them.
     """
 
     input_name: str | None
     axis: int
     length: int
     made_by: str = ""
-    neutral: bool = False
+    reach: frozenset[str] = frozenset()
+    parts: Axis | None = None
+
+    @property
+    def neutral(self) -> bool:
+        return self.input_name is None and not self.reach
 
     @property
     def is_known(self) -> bool:
@@ -33,7 +42,8 @@ class Origin:
 
     def __str__(self) -> str:
         if self.is_known:
-            return f"axis {self.axis} of input '{self.input_name}'"
+            lengthened = "lengthened " if self.parts is not None else ""
+            return f"{lengthened}axis {self.axis} of input '{self.input_name}'"
         return f"unknown tokens made by {self.made_by}"
 
 
@@ -97,13 +107,12 @@ class Axis:
         for segment in segments:
             if segment_size(segment) == 0:
                 continue
-            normal = _merge_digits(segment)
-            if joined:
-                union = _continue_segment(joined[-1], normal)
-                if union is not None:
+            for normal in _expand_parts(_merge_digits(segment)):
+                union = _continue_segment(joined[-1], normal) if joined else None
+                if union is None:
+                    joined.append(normal)
+                else:
                     joined[-1] = union
-                    continue
-            joined.append(normal)
         return cls(tuple(joined))
 
     @property
@@ -119,6 +128,12 @@ class Axis:
     @property
     def is_known(self) -> bool:
         return bool(self.inputs)
+
+    @property
+    def reach(self) -> frozenset[str]:
+        """Names of the model inputs whose tokens stand here, or may."""
+        origins = [digit.origin for segment in self.segments for digit in segment]
+        return frozenset(self.inputs).union(*(origin.reach for origin in origins))
 
     @property
     def is_neutral(self) -> bool:
@@ -157,45 +172,122 @@ class Axis:
         return Axis.of(*pieces)
 
 
+    def take(self, positions: Sequence[int]) -> Axis | None:
+        """The positions in the given order, or None where they are neither stretches nor whole reordered segments."""
+        pieces: list[Axis] = []
+        place = 0
+        while place < len(positions):
+            piece = self._reordered(positions, place) or self._stretch(positions, place)
+            if piece is None or len(pieces) == _MOST_PIECES:
+                return None
+            pieces.append(piece)
+            place += piece.size
+        return concatenate(pieces)
+
+    def _stretch(self, positions: Sequence[int], place: int) -> Axis | None:
+        """The longest run of consecutive positions from ``place`` on."""
+        first = positions[place]
+        stop = place + 1
+        while stop < len(positions) and positions[stop] == first + stop - place:
+            stop += 1
+        return self.slice(first, first + stop - place)
+
+    def _reordered(self, positions: Sequence[int], place: int) -> Axis | None:
+        """The segment that starts at ``place``, whole, its digits in another order."""
+        start = 0
+        for segment in self.segments:
+            size = segment_size(segment)
+            wanted = [position - start for position in positions[place : place + size]]
+            if 2 <= len(segment) <= 4 and len(wanted) == size and all(0 <= p < size for p in (wanted[0], wanted[-1])):
+                return _permuted(segment, wanted)
+            start += size
+        return None
+
+
 ONE = Axis(((),))
+# An index that cuts an axis into more stretches than this is no reordering of tokens that anyone wrote.
+_MOST_PIECES = 64
+
+
+def _permuted(segment: Segment, wanted: list[int]) -> Axis | None:
+    """The segment with its digits permuted so that its tokens come as wanted, or None."""
+    sizes = [digit.size for digit in segment]
+    steps = [math.prod(sizes[i + 1 :]) for i in range(len(sizes))]
+    for order in itertools.permutations(range(len(segment))):
+        places = [0]
+        for i in order:
+            places = [place + steps[i] * value for place in places for value in range(sizes[i])]
+        if places == wanted:
+            return Axis.of(tuple(segment[i] for i in order))
+    return None
 
 
 def concatenate(axes: Sequence[Axis]) -> Axis:
     return Axis.of(*(segment for axis in axes for segment in axis.segments))
 
 
-def product(axes: Sequence[Axis]) -> Axis | None:
-    """Row-major product, or None where a concatenation would have to be multiplied out."""
+def product(axes: Sequence[Axis]) -> Axis:
+    """Row-major product; a concatenation becomes one digit that remembers its parts."""
     wide = [axis for axis in axes if axis.size != 1]
     if len(wide) == 1:
         return wide[0]
-    if any(len(axis.segments) != 1 for axis in wide):
-        return None
-    return Axis.of(tuple(digit for axis in wide for digit in axis.segments[0]))
+    return Axis.of(tuple(digit for axis in wide for digit in _as_segment(axis)))
+
+
+def _as_segment(axis: Axis) -> Segment:
+    if len(axis.segments) == 1:
+        return axis.segments[0]
+    known = [segment for segment in axis.segments if any(digit.origin.is_known for digit in segment)]
+    longest = max(known, key=segment_size, default=())
+    # Text put beside a row of patches lengthens no axis, and a rolled axis is no longer in order.
+    is_one_axis = len({segment[0].origin.axis for segment in known}) == 1 and all(len(s) == 1 for s in known)
+    is_one_axis &= len({segment[0].origin for segment in known}) == len(known)
+    name, position = (longest[0].origin.input_name, longest[0].origin.axis) if is_one_axis else (None, 0)
+    whole = Origin(name, position, axis.size, "a concatenation", axis.reach, axis)
+    return (Digit(whole, 1, axis.size, axis.size),)
+
+
+def _expand_parts(segment: Segment) -> tuple[Segment, ...]:
+    """A lengthened axis that stands alone, or a stretch of it, as its parts again."""
+    if len(segment) != 1 or segment[0].origin.parts is None or segment[0].stride != 1:
+        return (segment,)
+    digit = segment[0]
+    if digit.modulus != digit.origin.length or digit.origin.parts is None:
+        return (segment,)
+    stretch = digit.origin.parts.slice(digit.start, digit.start + digit.size)
+    return (segment,) if stretch is None else stretch.segments
 
 
 def join(first: Axis, second: Axis) -> Axis | None:
     """The meaning of an axis that two elementwise operands share; None where it is lost.
 
-    A neutral operand says nothing. Tokens of different inputs that meet at one position carry the same
-    coordinates if they are cut alike; a flat sequence takes those of a grid. Two orders of the same input's tokens,
-    or an order that is lost already, leave none.
+    A neutral operand says nothing, and neither does a lost one that holds values of other inputs only: it brings no
+    tokens of this sequence. Tokens of different inputs that meet at one position carry the same coordinates if they
+    are cut alike; a flat sequence takes those of a grid. Two orders of the same input's tokens leave none.
     """
     if first == second or second.is_neutral:
         return first
     if first.is_neutral:
         return second
     if [segment_size(s) for s in first.segments] == [segment_size(s) for s in second.segments]:
-        segments = [_join_segments(a, b) for a, b in zip(first.segments, second.segments, strict=True)]
-        if any(segment is None for segment in segments):
-            return None
-        return Axis.of(*(segment for segment in segments if segment is not None))
-    if first.inputs & second.inputs:
+        if len(first.segments) == 1:
+            segment = _join_segments(first.segments[0], second.segments[0])
+            return None if segment is None else Axis.of(segment)
+        pairs = zip(first.segments, second.segments, strict=True)
+        return Axis.of(*(_join_segments(a, b) or _lost(a, b) for a, b in pairs))
+    if first.reach & second.reach:
         return None
-    for flat, other in ((first, second), (second, first)):
-        if _is_flat(flat.segments) and other.is_known:
-            return other
+    for other, kept in ((first, second), (second, first)):
+        is_flat_or_lost = len(other.segments) == 1 and (is_flat(other.segments[0]) or not other.is_known)
+        if is_flat_or_lost and kept.is_known:
+            return kept
     return None
+
+
+def _lost(a: Segment, b: Segment) -> Segment:
+    size = segment_size(a)
+    origin = Origin(None, 0, size, "tokens of two orders that met", Axis((a, b)).reach)
+    return (Digit(origin, 1, size, size),)
 
 
 def _join_segments(a: Segment, b: Segment) -> Segment | None:
@@ -203,21 +295,64 @@ def _join_segments(a: Segment, b: Segment) -> Segment | None:
         return a
     if Axis((a,)).is_neutral:
         return b
-    if not all(digit.origin.is_known for digit in (*a, *b)) or Axis((a,)).inputs & Axis((b,)).inputs:
+    for other, kept in ((a, b), (b, a)):
+        brings_no_tokens = is_flat(other) and not is_flat(kept)
+        brings_no_tokens |= not Axis((other,)).is_known
+        if brings_no_tokens and Axis((kept,)).is_known and not Axis((kept,)).reach & Axis((other,)).reach:
+            return kept
+    # Cut both alike: a value per frame, repeated over its patches, agrees with the frames and says nothing of patches.
+    sizes = _common_sizes([digit.size for digit in a], [digit.size for digit in b])
+    parts = [None if sizes is None else Axis((segment,)).split(sizes) for segment in (a, b)]
+    if parts[0] is None or parts[1] is None:
         return None
-    if [(d.size, d.is_whole) for d in a] == [(d.size, d.is_whole) for d in b]:
-        return a
-    for flat, other in ((a, b), (b, a)):
-        if _is_flat((flat,)):
-            return other
-    return None
+    joined: list[Digit] = []
+    for one, other in zip(parts[0], parts[1], strict=True):
+        digits = _join_digits(one, other)
+        if digits is None:
+            return None
+        joined.extend(digits)
+    return Axis.of(tuple(joined)).segments[0]
 
 
-def _is_flat(segments: tuple[Segment, ...]) -> bool:
-    """Whether the axis is one whole axis of an input."""
-    if len(segments) != 1 or len(segments[0]) != 1:
+def _join_digits(one: Axis, other: Axis) -> Segment | None:
+    if one == other or other.is_neutral:
+        return one.segments[0]
+    if one.is_neutral:
+        return other.segments[0]
+    if one.reach & other.reach:
+        return None
+    if one.is_known != other.is_known:
+        return (one if one.is_known else other).segments[0]
+    both = (*one.segments[0], *other.segments[0])
+    if not all(digit.origin.is_known and digit.is_whole for digit in both):
+        return None
+    return one.segments[0] if len(both) == 2 else None
+
+
+def _common_sizes(a: Sequence[int], b: Sequence[int]) -> list[int] | None:
+    """The coarsest factors that refine both products, outermost first."""
+    cuts = set()
+    for sizes in (a, b):
+        product_inside = 1
+        for size in reversed(sizes):
+            product_inside *= size
+            cuts.add(product_inside)
+    ordered = sorted(cuts)
+    factors = []
+    inside = 1
+    for cut in ordered:
+        if cut % inside:
+            return None
+        factors.insert(0, cut // inside)
+        inside = cut
+    return factors
+
+
+def is_flat(segment: Segment) -> bool:
+    """Whether the stretch is one whole axis of an input."""
+    if len(segment) != 1:
         return False
-    (digit,) = segments[0]
+    (digit,) = segment
     return digit.origin.is_known and digit.stride == 1 and digit.is_whole
 
 
@@ -270,9 +405,9 @@ def _slice_segment(segment: Segment, start: int, stop: int) -> Segment | None:
 Layout = tuple[Axis, ...]
 
 
-def unknown_axis(made_by: str, position: int, size: int, *, neutral: bool = False) -> Axis:
-    """An axis of `size` positions about which only its maker is known."""
-    origin = Origin(None, position, size, made_by, neutral)
+def unknown_axis(made_by: str, position: int, size: int, reach: frozenset[str] = frozenset()) -> Axis:
+    """An axis of `size` positions about which only its maker is known, and which inputs' values may stand there."""
+    origin = Origin(None, position, size, made_by, reach)
     return Axis.of((Digit(origin, 1, size, size),)) if size != 1 else ONE
 
 

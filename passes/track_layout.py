@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -19,17 +20,35 @@ from t3compile.passes.layout import (
     Axis,
     Digit,
     Layout,
+    Origin,
     concatenate,
     input_axis,
+    is_flat,
     join,
     product,
+    segment_size,
     unknown_axis,
 )
+from t3compile.passes.read_values import Table
 
 aten = torch.ops.aten
 
 Value = Layout | list[Layout] | None
 Transfer = Callable[["LayoutTracker", fx.Node], Value]
+# The value of an index tensor and the inputs whose example values it was computed from, or None.
+ReadTable = Callable[[fx.Node], Table | None]
+
+
+@dataclass(frozen=True)
+class Beside:
+    """A tensor that met a flat axis of an input element by element: it may hold those tokens' positions.
+
+    The tokens stand at ``start`` .. on axis ``dim`` of what ``node`` yields.
+    """
+
+    node: fx.Node
+    dim: int
+    start: int
 
 
 def _shape(value: object) -> tuple[int, ...]:
@@ -37,17 +56,26 @@ def _shape(value: object) -> tuple[int, ...]:
     return tuple(int(size) for size in value.shape)
 
 
-class LayoutTracker:
-    """Layouts of all nodes of a static-shape graph; ``inputs`` are the placeholders that are model inputs."""
+def _no_table(_: fx.Node) -> None:
+    return None
 
-    def __init__(self, graph: fx.Graph, inputs: Sequence[str]) -> None:
+
+class LayoutTracker:
+    """Layouts of all nodes of a static-shape graph.
+
+    ``inputs`` are the placeholders that are model inputs; ``read_table`` gives the values of index tensors.
+    """
+
+    def __init__(self, graph: fx.Graph, inputs: Sequence[str], read_table: ReadTable = _no_table) -> None:
+        self._read_table = read_table
+        self._index_inputs: set[str] = set()
         self._values: dict[fx.Node, Value] = {}
-        self._reached: set[fx.Node] = set()
+        self._beside: dict[Origin, dict[Beside, None]] = {}
+        self._reach: dict[fx.Node, frozenset[str]] = {}
         self._dropped: dict[fx.Node, frozenset[tuple[str, int]]] = {}
         names = set(inputs)
         for node in graph.nodes:
-            if node.name in names or self._is_reached(node):
-                self._reached.add(node)
+            self._reach[node] = frozenset({node.name}) if node.name in names else self._reached_by(node)
             self._dropped[node] = frozenset().union(*(self._dropped[used] for used in node.all_input_nodes))
             self._values[node] = self._visit(node, names)
 
@@ -58,19 +86,23 @@ class LayoutTracker:
             return value
         return self.unknown(node)
 
-    def _is_reached(self, node: fx.Node) -> bool:
-        """Whether values of an input reach the node."""
+    def _reached_by(self, node: fx.Node) -> frozenset[str]:
+        """Inputs whose values reach the node."""
         if getattr(node.target, "overloadpacket", None) in _SHAPE_ONLY:
-            return False
-        return any(source in self._reached for source in node.all_input_nodes)
+            return frozenset()
+        return frozenset().union(*(self._reach[source] for source in node.all_input_nodes))
+
+    def reach(self, node: fx.Node) -> frozenset[str]:
+        """Inputs whose values reach the node."""
+        return self._reach[node]
 
     def unknown(self, node: fx.Node) -> Layout:
         source = node.args[0] if node.target is operator.getitem else node
         assert isinstance(source, fx.Node)
         made_by = f"{source.target} (node '{source.name}')"
         shape = _shape(node.meta["val"])
-        neutral = node not in self._reached
-        return tuple(unknown_axis(made_by, i, size, neutral=neutral) for i, size in enumerate(shape))
+        reach = self._reach[node]
+        return tuple(unknown_axis(made_by, i, size, reach) for i, size in enumerate(shape))
 
     def _visit(self, node: fx.Node, inputs: set[str]) -> Value:
         value = node.meta.get("val")
@@ -101,9 +133,34 @@ class LayoutTracker:
         picked = {(o.input_name, o.axis) for o in origins if o.input_name is not None}
         self._dropped[node] |= picked
 
+    def read_index(self, node: fx.Node) -> Tensor | None:
+        """The value of an index tensor; the inputs that it depends on are remembered."""
+        table = self._read_table(node)
+        if table is None:
+            return None
+        self._index_inputs |= table.inputs
+        return table.value
+
+    @property
+    def index_inputs(self) -> frozenset[str]:
+        """Inputs whose example values say where tokens stand."""
+        return frozenset(self._index_inputs)
+
+    def beside(self, origin: Origin) -> tuple[Beside, ...]:
+        """What met the tokens of a flat input axis element by element, in graph order."""
+        return tuple(self._beside.get(origin, ()))
+
+    def meet(self, axis: Axis, node: fx.Node, dim: int) -> None:
+        """Record that `node`'s axis `dim` met the tokens of `axis`."""
+        start = 0
+        for segment in axis.segments:
+            if is_flat(segment):
+                self._beside.setdefault(segment[0].origin, {})[Beside(node, dim, start)] = None
+            start += segment_size(segment)
+
     def unless_filled(self, node: fx.Node, axis: Axis) -> Axis | None:
         """The axis, or None where it had no meaning and the operation puts tokens of an input there."""
-        return None if axis.is_neutral and axis.size > 1 and node in self._reached else axis
+        return None if axis.is_neutral and axis.size > 1 and self._reach[node] else axis
 
     def replace_unknown(self, node: fx.Node, axes: Sequence[Axis | None]) -> Layout:
         """The given axes, with unknown ones of this node's making where None."""
@@ -143,17 +200,21 @@ def _elementwise(tracker: LayoutTracker, node: fx.Node) -> Value:
     shape = _shape(node.meta["val"])
     axes: list[Axis | None] = [None] * len(shape)
     conflicts: set[int] = set()
-    for operand in node.all_input_nodes:
-        if not isinstance(operand.meta.get("val"), Tensor):
-            continue
-        layout = tracker.layout(operand)
-        for i, axis in enumerate(layout, start=len(shape) - len(layout)):
+    operands = [x for x in node.all_input_nodes if isinstance(x.meta.get("val"), Tensor)]
+    layouts = [(x, len(shape) - len(tracker.layout(x)), tracker.layout(x)) for x in operands]
+    for _, skipped, layout in layouts:
+        for i, axis in enumerate(layout, start=skipped):
             if axis.size != shape[i] or i in conflicts:
                 continue
             present = axes[i]
             axes[i] = axis if present is None else join(present, axis)
             if axes[i] is None:
                 conflicts.add(i)
+    for operand, skipped, layout in layouts:
+        for i, axis in enumerate(axes):
+            own = layout[i - skipped] if i >= skipped else ONE
+            if axis is not None and own.size > 1 and own != axis:
+                tracker.meet(axis, operand, i - skipped)
     return tracker.replace_unknown(node, axes)
 
 
@@ -233,7 +294,7 @@ def _reshape(tracker: LayoutTracker, node: fx.Node) -> Value:
         old_stop, new_stop = _matching_stretch([a.size for a in old], new_shape, i, j)
         merged = product(old[i:old_stop])
         sizes = new_shape[j:new_stop]
-        parts = None if merged is None else merged.split(sizes)
+        parts = merged.split(sizes)
         axes.extend(parts if parts is not None else [None] * len(sizes))
         i, j = old_stop, new_stop
     return tracker.replace_unknown(node, axes)
@@ -272,7 +333,7 @@ def _expand(tracker: LayoutTracker, node: fx.Node) -> Value:
     padded = [ONE] * (len(shape) - len(layout)) + list(layout)
     axes: list[Axis | None] = []
     for i, (axis, size) in enumerate(zip(padded, shape, strict=True)):
-        repeated = unknown_axis(str(node.target), i, size, neutral=True) if axis.size == 1 else None
+        repeated = unknown_axis(str(node.target), i, size) if axis.size == 1 else None
         axes.append(axis if axis.size == size else repeated)
     return tracker.replace_unknown(node, axes)
 
@@ -322,7 +383,7 @@ def _pieces(tracker: LayoutTracker, node: fx.Node) -> Value:
     for i, value in enumerate(values):
         shape = _shape(value)
         axis = layout[dim].slice(start, start + shape[dim])
-        blank = unknown_axis(f"{node.target} (node '{node.name}')", i, shape[dim])
+        blank = unknown_axis(f"{node.target} (node '{node.name}')", i, shape[dim], tracker.reach(node))
         pieces.append((*layout[:dim], axis or blank, *layout[dim + 1 :]))
         start += shape[dim]
     return pieces
@@ -389,14 +450,206 @@ def _roll(tracker: LayoutTracker, node: fx.Node) -> Value:
 
 
 def _slice_scatter(tracker: LayoutTracker, node: fx.Node) -> Value:
-    """Other axes mean what base or source say; the written axis is the base's, unless only its size is."""
+    """A stretch of the base is replaced by the source."""
     base, source = node.args[:2]
     assert isinstance(base, fx.Node) and isinstance(source, fx.Node)
     into, written = tracker.layout(base), tracker.layout(source)
-    dim = _dim(node, len(into), 2)
+    _, _, dim, start, stop, step = (*node.args, *(None,) * 4)[:6]
+    dim = int(dim or 0) % len(into)  # type: ignore[arg-type]
+    first, last, stride = slice(start, stop, step).indices(into[dim].size)
     axes: list[Axis | None] = [join(a, b) for a, b in zip(into, written, strict=True)]
-    axes[dim] = tracker.unless_filled(node, into[dim])
+    before, after = into[dim].slice(0, first), into[dim].slice(last, into[dim].size)
+    is_whole = before is not None and after is not None and stride == 1
+    axes[dim] = concatenate([before, written[dim], after]) if is_whole else None  # type: ignore[list-item]
     return tracker.replace_unknown(node, axes)
+
+
+def _select_scatter(tracker: LayoutTracker, node: fx.Node) -> Value:
+    """One position of the base is replaced by the source."""
+    base, source = node.args[:2]
+    assert isinstance(base, fx.Node) and isinstance(source, fx.Node)
+    into, written = tracker.layout(base), list(tracker.layout(source))
+    dim = _dim(node, len(into), 2)
+    written.insert(dim, ONE)
+    axes: list[Axis | None] = [join(a, b) for a, b in zip(into, written, strict=True)]
+    if into[dim].size == 1:
+        return tuple(written)
+    axes[dim] = into[dim]
+    return tracker.replace_unknown(node, axes)
+
+
+def _take(tracker: LayoutTracker, node: fx.Node) -> Value:
+    """index_select: positions picked by a constant index."""
+    layout = tracker.layout(_source(node))
+    index = node.args[2]
+    assert isinstance(index, fx.Node)
+    return _picked(tracker, node, layout, _dim(node, len(layout), 1), tracker.read_index(index))
+
+
+def _index(tracker: LayoutTracker, node: fx.Node) -> Value:
+    """x[:, index]: one axis picked by a constant index of any rank, or by a constant mask."""
+    layout = tracker.layout(_source(node))
+    indices = node.args[1]
+    assert isinstance(indices, list | tuple)
+    given = [i for i, index in enumerate(indices) if index is not None]
+    if len(given) != 1:
+        return None
+    index = indices[given[0]]
+    assert isinstance(index, fx.Node)
+    return _picked(tracker, node, layout, given[0], tracker.read_index(index))
+
+
+def _gather(tracker: LayoutTracker, node: fx.Node) -> Value:
+    """gather by a constant index that is the same along all other axes."""
+    layout = tracker.layout(_source(node))
+    index_node = node.args[2]
+    assert isinstance(index_node, fx.Node)
+    index = tracker.read_index(index_node)
+    dim = _dim(node, len(layout), 1)
+    if index is None or index.numel() == 0:
+        return None
+    rows = index.movedim(dim, 0).flatten(1)
+    same = bool((rows == rows[:, :1]).all()) and all(
+        size == axis.size for i, (size, axis) in enumerate(zip(index.shape, layout, strict=True)) if i != dim
+    )
+    return _picked(tracker, node, layout, dim, rows[:, 0]) if same else None
+
+
+def _index_copy(tracker: LayoutTracker, node: fx.Node) -> Value:
+    """Rows of the source written at the positions of an index: index_copy, scatter, scatter_add."""
+    base, _, index_node, source = node.args[:4]
+    assert isinstance(base, fx.Node) and isinstance(index_node, fx.Node)
+    if not isinstance(source, fx.Node):
+        return None
+    dim = _dim(node, len(tracker.layout(base)), 1)
+    index = tracker.read_index(index_node)
+    if index is not None and index.dim() > 1:
+        rows = index.movedim(dim, 0).flatten(1)
+        index = rows[:, 0] if bool((rows == rows[:, :1]).all()) else None
+    return _written(tracker, node, base, source, dim, index)
+
+
+def _index_put(tracker: LayoutTracker, node: fx.Node) -> Value:
+    """base[:, index] = source with one index."""
+    base, indices, source = node.args[:3]
+    assert isinstance(base, fx.Node) and isinstance(indices, list | tuple) and isinstance(source, fx.Node)
+    given = [i for i, index in enumerate(indices) if index is not None]
+    if len(given) != 1 or len(tracker.layout(source)) != len(tracker.layout(base)):
+        return None
+    index = indices[given[0]]
+    assert isinstance(index, fx.Node)
+    return _written(tracker, node, base, source, given[0], tracker.read_index(index))
+
+
+def _written(
+    tracker: LayoutTracker, node: fx.Node, base: fx.Node, source: fx.Node, dim: int, index: Tensor | None
+) -> Value:
+    into, written = tracker.layout(base), tracker.layout(source)
+    if index is None or len(into) != len(written):
+        return None
+    if index.dtype == torch.bool:
+        index = index.nonzero().flatten()
+    if index.dim() != 1 or len(index) != written[dim].size:
+        return None
+    origin_of = dict(zip((int(i) % into[dim].size for i in index.tolist()), range(len(index)), strict=True))
+    axes: list[Axis | None] = [join(a, b) for a, b in zip(into, written, strict=True)]
+    # Positions of the source follow those of the base in one numbering, so that runs of either are stretches.
+    both = concatenate([into[dim], unknown_axis("a gap", dim, 1), written[dim]])
+    first = into[dim].size + 1
+    axes[dim] = both.take([first + origin_of[i] if i in origin_of else i for i in range(into[dim].size)])
+    return tracker.replace_unknown(node, axes)
+
+
+def _picked(tracker: LayoutTracker, node: fx.Node, layout: Layout, dim: int, index: Tensor | None) -> Value:
+    if index is None:
+        return None
+    if index.dtype == torch.bool:
+        if index.dim() != 1:
+            return None
+        index = index.nonzero().flatten()
+    positions = [int(i) % layout[dim].size for i in index.flatten().tolist()]
+    taken = layout[dim].take(positions)
+    parts = None if taken is None else taken.split(tuple(index.shape))
+    axes: list[Axis | None] = [*layout[:dim], *(parts or [None] * index.dim()), *layout[dim + 1 :]]
+    return tracker.replace_unknown(node, axes)
+
+
+def _repeat_interleave(tracker: LayoutTracker, node: fx.Node) -> Value:
+    """Every position `repeats` times in a row: a product with an axis that says nothing."""
+    layout = tracker.layout(_source(node))
+    repeats = node.args[1]
+    if not isinstance(repeats, int) or (len(node.args) < 3 and node.kwargs.get("dim") is None):
+        return None
+    axes = list(layout)
+    dim = _dim(node, len(layout), 2)
+    copies = unknown_axis(str(node.target), dim, repeats)
+    axes[dim] = product([axes[dim], copies])
+    return tuple(axes)
+
+
+def _as_complex(tracker: LayoutTracker, node: fx.Node) -> Value:
+    return tracker.layout(_source(node))[:-1]
+
+
+def _as_real(tracker: LayoutTracker, node: fx.Node) -> Value:
+    return tracker.replace_unknown(node, [*tracker.layout(_source(node)), None])
+
+
+def _resample(tracker: LayoutTracker, node: fx.Node) -> Value:
+    """Pooling over [..., *space] by whole factors: positions stay ordered."""
+    layout = tracker.layout(_source(node))
+    shape = _shape(node.meta["val"])
+    axes = [axis if axis.size == size else _strided(axis, size) for axis, size in zip(layout, shape, strict=True)]
+    return tracker.replace_unknown(node, axes)
+
+
+def _pixel_unshuffle(tracker: LayoutTracker, node: fx.Node) -> Value:
+    """[..., C, H*r, W*r] -> [..., C*r*r, H, W]."""
+    *outer, _, h, w = tracker.layout(_source(node))
+    size_h, size_w = _shape(node.meta["val"])[-2:]
+    return tracker.replace_unknown(node, [*outer, None, _strided(h, size_h), _strided(w, size_w)])
+
+
+def _unfold(tracker: LayoutTracker, node: fx.Node) -> Value:
+    """Patches along one axis that do not overlap: [.., L, ..] -> [.., L/size, .., size]."""
+    layout = tracker.layout(_source(node))
+    _, dim, size, step = node.args
+    assert isinstance(dim, int) and isinstance(size, int)
+    dim %= len(layout)
+    is_cut = size == step and layout[dim].size % size == 0
+    outer, inner = (layout[dim].split((layout[dim].size // size, size)) if is_cut else None) or (None, None)
+    return tracker.replace_unknown(node, [*layout[:dim], outer, *layout[dim + 1 :], inner])
+
+
+def _im2col(tracker: LayoutTracker, node: fx.Node) -> Value:
+    """F.unfold with patches that do not overlap: [B, C, H, W] -> [B, C*k*k, (H/k)*(W/k)]."""
+    layout = tracker.layout(_source(node))
+    _, kernel, dilation, padding, stride = node.args
+    if len(layout) != 4 or kernel != stride or set(dilation) != {1} or set(padding) != {0}:  # type: ignore[arg-type]
+        return None
+    patches = []
+    for axis, size in zip(layout[2:], kernel, strict=True):  # type: ignore[arg-type]
+        patches.append(_strided(axis, axis.size // size) if axis.size % size == 0 else None)
+    rows, columns = patches
+    tokens = None if rows is None or columns is None else product([rows, columns])
+    return tracker.replace_unknown(node, [layout[0], None, tokens])
+
+
+def _einsum(tracker: LayoutTracker, node: fx.Node) -> Value:
+    """A letter of the output means what the operands say that have it."""
+    equation, operands = node.args[:2]
+    assert isinstance(equation, str) and isinstance(operands, list | tuple)
+    left, arrow, right = equation.replace(" ", "").partition("->")
+    if not arrow or "." in equation:
+        return None
+    meanings: dict[str, Axis | None] = {}
+    for letters, operand in zip(left.split(","), operands, strict=True):
+        assert isinstance(operand, fx.Node)
+        for letter, axis in zip(letters, tracker.layout(operand), strict=True):
+            present = meanings.get(letter, axis)
+            meanings[letter] = None if present is None else join(present, axis)
+    axes = [meanings[letter] for letter in right]
+    return tracker.replace_unknown(node, [None if a is None else tracker.unless_filled(node, a) for a in axes])
 
 
 def _reduce(tracker: LayoutTracker, node: fx.Node) -> Value:
@@ -481,5 +734,19 @@ _TRANSFERS: dict[Any, Transfer] = {
     **dict.fromkeys([aten.constant_pad_nd, aten.pad], _pad),
     aten.roll: _roll,
     aten.slice_scatter: _slice_scatter,
+    aten.select_scatter: _select_scatter,
+    aten.index_select: _take,
+    aten.index: _index,
+    aten.gather: _gather,
+    **dict.fromkeys([aten.index_copy, aten.scatter, aten.scatter_add, aten.index_add], _index_copy),
+    aten.index_put: _index_put,
+    aten.repeat_interleave: _repeat_interleave,
+    aten.view_as_complex: _as_complex,
+    aten.view_as_real: _as_real,
+    **dict.fromkeys([aten.avg_pool1d, aten.avg_pool2d, aten.avg_pool3d, aten.max_pool2d, aten.max_pool3d], _resample),
+    aten.pixel_unshuffle: _pixel_unshuffle,
+    aten.unfold: _unfold,
+    aten.im2col: _im2col,
+    aten.einsum: _einsum,
     **dict.fromkeys([aten.mean, aten.sum, aten.amax, aten.amin, aten.var, aten.std], _reduce),
 }

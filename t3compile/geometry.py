@@ -60,6 +60,25 @@ class TokenGrid:
         return f"{self.t}x{self.h}x{self.w}"
 
 
+@dataclass(frozen=True)
+class GridHint:
+    """A token grid given by hand; ``start`` is the place of its first token among the keys, where that is not plain."""
+
+    grid: TokenGrid
+    start: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> GridHint:
+        """Read ``TxHxW`` or ``TxHxW@START``, for example ``1x64x64@77``."""
+        grid, at, start = text.partition("@")
+        if at and not start.strip().isdigit():
+            raise GridError(f"grid '{text}' is not of the form TxHxW@START, for example 1x64x64@77 (tokens)")
+        return cls(TokenGrid.parse(grid), int(start) if at else None)
+
+    def __str__(self) -> str:
+        return str(self.grid) if self.start is None else f"{self.grid}@{self.start}"
+
+
 @dataclass(frozen=True, order=True)
 class Splits:
     """Number of windows per axis (n_t, n_h, n_w)."""

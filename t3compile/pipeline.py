@@ -12,7 +12,7 @@ from torch import Tensor
 
 from t3compile.errors import EngineError, ExportError, MissingKernelError, T3CompileError
 from t3compile.files import check_writable
-from t3compile.geometry import Splits, TokenGrid
+from t3compile.geometry import GridHint, Splits, TokenGrid
 from t3compile.inputs import named_inputs, substitute_inputs
 from t3compile.loading import load_program
 from t3compile.loading.recognize import recognize
@@ -61,12 +61,13 @@ def _silent(_: str) -> None:
     """No progress is shown."""
 
 
-def detect(program: Program, grid: TokenGrid | str | None = None) -> SiteSurvey:
+def detect(program: Program, grid: TokenGrid | GridHint | str | None = None) -> SiteSurvey:
     """List every attention call, found or declined with a reason.
 
-    ``grid`` ("TxHxW", in tokens) is for models whose graph does not tell it; GridError where it does not fit.
+    ``grid`` ("TxHxW", in tokens) is for models whose graph does not tell it, "TxHxW@START" also says at which key it
+    starts; GridError where it does not fit.
     """
-    return find_attention(program, TokenGrid.parse(grid) if isinstance(grid, str) else grid)
+    return find_attention(program, GridHint.parse(grid) if isinstance(grid, str) else grid)
 
 
 def detect_for(program: Program, plan: Plan) -> SiteSurvey:

@@ -19,12 +19,25 @@ Reason = Literal[
     "unknown-layout",
     "grid-mismatch",
     "other-tokens",
+    "text-queries",
+    "two-grids",
 ]
 
 # Reasons under which a call can never be full self-attention over the grid: leaving it dense loses nothing.
-NOT_A_CANDIDATE: frozenset[Reason] = frozenset({"cross-attention", "already-windowed", "other-tokens"})
+NOT_A_CANDIDATE: frozenset[Reason] = frozenset(
+    {"cross-attention", "already-windowed", "other-tokens", "text-queries"}
+)
 
 ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
+
+
+@dataclass(frozen=True)
+class GridAxis:
+    """Where one axis of the token grid comes from: an axis of a model input, cut into patches."""
+
+    input_name: str
+    axis: int
+    patch: int
 
 
 @dataclass(frozen=True)
@@ -44,6 +57,11 @@ class AttentionSite:
     value_dim: int
     dtype: str
     scale: float | None = None
+    query_prefix: int | None = None
+    query_suffix: int | None = None
+    order: str = "thw"
+    masked: bool = False
+    axes: tuple[GridAxis, ...] = ()
 
     @property
     def extra_tokens(self) -> int:
@@ -101,15 +119,6 @@ class ModelCounts:
 
 
 @dataclass(frozen=True)
-class GridAxis:
-    """Where one axis of the token grid comes from: an axis of a model input, cut into patches."""
-
-    input_name: str
-    axis: int
-    patch: int
-
-
-@dataclass(frozen=True)
 class SiteSurvey:
     """Every attention call of a graph, found or declined, with the counts that cost needs."""
 
@@ -117,7 +126,12 @@ class SiteSurvey:
     found: tuple[AttentionSite, ...]
     declined: tuple[Declined, ...]
     counts: ModelCounts
-    grid_axes: tuple[GridAxis, ...] = ()
+    assumptions: tuple[str, ...] = ()
+
+    @property
+    def grid_axes(self) -> tuple[GridAxis, ...]:
+        """The input axes that make the grids of all found sites."""
+        return tuple(dict.fromkeys(axis for site in self.found for axis in site.axes))
 
     @property
     def grids(self) -> tuple[TokenGrid, ...]:
@@ -133,7 +147,7 @@ class SiteSurvey:
             "found": [site.to_json() for site in self.found],
             "declined": [call.to_json() for call in self.declined],
             "counts": self.counts.to_json(),
-            "grid_axes": [asdict(axis) for axis in self.grid_axes],
+            "assumptions": list(self.assumptions),
         }
 
 
