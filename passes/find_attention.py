@@ -93,7 +93,8 @@ def find_attention(program: Program, grid: TokenGrid | GridHint | None = None) -
     tracker = LayoutTracker(graph, user_input_names(program.exported), values.read)
     reader = GridReader(tracker, values, [node for node in graph.nodes if is_tensor_input(node)])
     verdicts = [_judge(call, reader, hint) for call in calls]
-    if hint is not None and calls and not any(isinstance(v, _Tokens) for v in verdicts):
+    unfitting = NOT_A_CANDIDATE | {"grid-mismatch"}
+    if hint is not None and calls and all(isinstance(v, Refusal) and v.reason in unfitting for v in verdicts):
         raise GridError(_no_such_sequence(hint, calls))
     verdicts = _separate_other_inputs(calls, verdicts, reader)
     sites = [call.node for call, verdict in zip(calls, verdicts, strict=True) if isinstance(verdict, _Tokens)]
@@ -173,7 +174,8 @@ def _read_tokens(call: AttentionCall, reader: GridReader, hint: GridHint | None)
     largest = [stretch for stretch in grids if stretch.grid.tokens == most]
     if hint is not None and hint.start is not None:
         largest = [stretch for stretch in grids if stretch.start == hint.start] or largest
-    if len({stretch.segment for stretch in largest}) > 1:
+    # The same grid twice (frames beside reference frames of one input): the first is windowed.
+    if len({_input_of(stretch) for stretch in largest}) > 1:
         starts = " or ".join(f"{stretch.grid}@{stretch.start}" for stretch in largest)
         words = describe_tokens(reader.tokens(call.k))
         return Refusal("two-grids", f"two candidate grids in one sequence ({words}): choose with --grid {starts}")
@@ -186,6 +188,10 @@ def _read_tokens(call: AttentionCall, reader: GridReader, hint: GridHint | None)
     if isinstance(refined, Refusal):
         return refined
     return _around(call, refined.grid, refined.order, chosen.start, start, refined.axes, refined.assumption)
+
+
+def _input_of(stretch: Stretch) -> str | None:
+    return stretch.segment[0].origin.input_name
 
 
 def _around(
@@ -226,7 +232,9 @@ def _no_grid(call: AttentionCall, reader: GridReader) -> Refusal:
     shared = [segment for segment in keys.segments if segment in queries.segments and segment_size(segment) > 1]
     if not shared:
         if queries.size != keys.size:
-            return Refusal("cross-attention", f"{queries.size} queries on {keys.size} keys: {describe_tokens(keys)} as keys")
+            return Refusal(
+                "cross-attention", f"{queries.size} queries on {keys.size} keys: {describe_tokens(keys)} as keys"
+            )
         words = f"queries are {describe_tokens(queries)}, keys {describe_tokens(keys)}"
         is_other = queries.is_known and keys.is_known and not queries.inputs & keys.inputs
         return Refusal("cross-attention" if is_other else "unknown-layout", words)

@@ -22,7 +22,7 @@ class Origin:
 
     ``reach`` are the inputs whose values may stand at an unknown origin's positions; where there are none (a table, one
     position repeated) it is neutral: it says nothing about token order. ``parts`` are the stretches of an axis that was
-    lengthened; it is named after the longest of them.
+    lengthened, which is named after the longest of them, or the axis that a reversal turned round.
     """
 
     input_name: str | None
@@ -31,6 +31,7 @@ class Origin:
     made_by: str = ""
     reach: frozenset[str] = frozenset()
     parts: Axis | None = None
+    is_reversal: bool = False
 
     @property
     def neutral(self) -> bool:
@@ -107,7 +108,8 @@ class Axis:
         for segment in segments:
             if segment_size(segment) == 0:
                 continue
-            for normal in _expand_parts(_merge_digits(segment)):
+            normal_segments = (s for part in _expand_parts(_merge_digits(segment)) for s in _multiply_out(part))
+            for normal in normal_segments:
                 union = _continue_segment(joined[-1], normal) if joined else None
                 if union is None:
                     joined.append(normal)
@@ -171,6 +173,14 @@ class Axis:
             position += size
         return Axis.of(*pieces)
 
+    def reversed(self, made_by: str = "a reversal") -> Axis:
+        """The positions backwards: of unknown order until they are turned round again."""
+        if len(self.segments) == 1 and len(self.segments[0]) == 1:
+            (digit,) = self.segments[0]
+            if digit.origin.is_reversal and digit.origin.parts is not None and digit.is_whole:
+                return digit.origin.parts
+        origin = Origin(None, 0, self.size, made_by, self.reach, self, is_reversal=True)
+        return Axis.of((Digit(origin, 1, self.size, self.size),)) if self.size > 1 else self
 
     def take(self, positions: Sequence[int]) -> Axis | None:
         """The positions in the given order, or None where they are neither stretches nor whole reordered segments."""
@@ -227,24 +237,41 @@ def concatenate(axes: Sequence[Axis]) -> Axis:
 
 
 def product(axes: Sequence[Axis]) -> Axis:
-    """Row-major product; a concatenation becomes one digit that remembers its parts."""
+    """Row-major product.
+
+    An outermost concatenation is multiplied out; where it lengthens one axis, and everywhere further in, it becomes
+    one digit that remembers its parts.
+    """
     wide = [axis for axis in axes if axis.size != 1]
     if len(wide) == 1:
         return wide[0]
+    if wide and len(wide[0].segments) > 1 and _lengthened(wide[0]) is None:
+        inner = [digit for axis in wide[1:] for digit in _as_segment(axis)]
+        return Axis.of(*((*segment, *inner) for segment in wide[0].segments))
     return Axis.of(tuple(digit for axis in wide for digit in _as_segment(axis)))
 
 
 def _as_segment(axis: Axis) -> Segment:
     if len(axis.segments) == 1:
         return axis.segments[0]
-    known = [segment for segment in axis.segments if any(digit.origin.is_known for digit in segment)]
-    longest = max(known, key=segment_size, default=())
-    # Text put beside a row of patches lengthens no axis, and a rolled axis is no longer in order.
-    is_one_axis = len({segment[0].origin.axis for segment in known}) == 1 and all(len(s) == 1 for s in known)
-    is_one_axis &= len({segment[0].origin for segment in known}) == len(known)
-    name, position = (longest[0].origin.input_name, longest[0].origin.axis) if is_one_axis else (None, 0)
+    leading = _lengthened(axis)
+    name, position = (None, 0) if leading is None else (leading.input_name, leading.axis)
     whole = Origin(name, position, axis.size, "a concatenation", axis.reach, axis)
     return (Digit(whole, 1, axis.size, axis.size),)
+
+
+def _lengthened(axis: Axis) -> Origin | None:
+    """The origin of the longest stretch, if a concatenation makes one input axis longer.
+
+    Text put beside a row of patches lengthens no axis, and a rolled axis is no longer in order.
+    """
+    known = [segment for segment in axis.segments if any(digit.origin.is_known for digit in segment)]
+    if not known or any(len(segment) != 1 for segment in known):
+        return None
+    origins = {segment[0].origin for segment in known}
+    if len(origins) != len(known) or len({origin.axis for origin in origins}) != 1:
+        return None
+    return max(known, key=segment_size)[0].origin
 
 
 def _expand_parts(segment: Segment) -> tuple[Segment, ...]:
@@ -252,7 +279,7 @@ def _expand_parts(segment: Segment) -> tuple[Segment, ...]:
     if len(segment) != 1 or segment[0].origin.parts is None or segment[0].stride != 1:
         return (segment,)
     digit = segment[0]
-    if digit.modulus != digit.origin.length or digit.origin.parts is None:
+    if digit.modulus != digit.origin.length or digit.origin.is_reversal or digit.origin.parts is None:
         return (segment,)
     stretch = digit.origin.parts.slice(digit.start, digit.start + digit.size)
     return (segment,) if stretch is None else stretch.segments
@@ -295,11 +322,12 @@ def _join_segments(a: Segment, b: Segment) -> Segment | None:
         return a
     if Axis((a,)).is_neutral:
         return b
-    for other, kept in ((a, b), (b, a)):
-        brings_no_tokens = is_flat(other) and not is_flat(kept)
-        brings_no_tokens |= not Axis((other,)).is_known
-        if brings_no_tokens and Axis((kept,)).is_known and not Axis((kept,)).reach & Axis((other,)).reach:
-            return kept
+    if not Axis((a,)).reach & Axis((b,)).reach:
+        # Neither brings tokens to the other: the fuller description stays.
+        if _rank(a) != _rank(b):
+            return max(a, b, key=_rank)
+        if _rank(a) == 0:
+            return a
     # Cut both alike: a value per frame, repeated over its patches, agrees with the frames and says nothing of patches.
     sizes = _common_sizes([digit.size for digit in a], [digit.size for digit in b])
     parts = [None if sizes is None else Axis((segment,)).split(sizes) for segment in (a, b)]
@@ -312,6 +340,13 @@ def _join_segments(a: Segment, b: Segment) -> Segment | None:
             return None
         joined.extend(digits)
     return Axis.of(tuple(joined)).segments[0]
+
+
+def _rank(segment: Segment) -> int:
+    """How much a stretch says of its tokens: lost, partly known, one whole axis, a product of whole axes."""
+    if not all(digit.origin.is_known and digit.is_whole for digit in segment):
+        return int(any(digit.origin.is_known for digit in segment))
+    return 3 if len(segment) > 1 else 2
 
 
 def _join_digits(one: Axis, other: Axis) -> Segment | None:
@@ -400,6 +435,13 @@ def _slice_segment(segment: Segment, start: int, stop: int) -> Segment | None:
         return None if rest is None else (head, *rest)
     low, high = start // inner, stop // inner
     return (replace(segment[0], start=segment[0].start + low, size=high - low), *segment[1:])
+
+
+def _multiply_out(segment: Segment) -> tuple[Segment, ...]:
+    """A stretch of a lengthened axis times others: what stands there, where it is one of the parts."""
+    if len(segment) < 2 or segment[0].origin.parts is None or segment[0].is_complete:
+        return (segment,)
+    return tuple((*part, *segment[1:]) for part in _expand_parts(segment[:1]))
 
 
 Layout = tuple[Axis, ...]

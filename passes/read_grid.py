@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 
 from torch import Tensor, fx
 
 from t3compile.errors import GridError
 from t3compile.geometry import AXES, GridHint, TokenGrid
 from t3compile.passes.layout import Axis, Digit, Origin, Segment, is_flat, segment_size
-from t3compile.passes.read_raster import read_raster
+from t3compile.passes.read_raster import Raster, find_raster
 from t3compile.passes.read_values import ValueReader
 from t3compile.passes.track_layout import Beside, LayoutTracker
 from t3compile.sites import GridAxis, Reason
@@ -56,7 +56,7 @@ class GridReader:
         self._tracker = tracker
         self._values = values
         self._placeholders = {node.name: node for node in placeholders}
-        self._rasters: dict[Origin, tuple[tuple[int, ...], frozenset[str]] | Refusal | None] = {}
+        self._rasters: dict[Origin, tuple[Raster, frozenset[str]] | Refusal | None] = {}
 
     def tokens(self, node: fx.Node) -> Axis:
         """The sequence axis of [B, N, S, D]."""
@@ -69,14 +69,19 @@ class GridReader:
         read: list[Stretch | Refusal] = []
         start = 0
         for segment in tokens.segments:
-            read.append(self._read(segment, start, outer, dropped))
+            read.append(self._read(_with_rest(segment, tokens), segment, start, outer, dropped))
             start += segment_size(segment)
         return read
 
     def _read(
-        self, segment: Segment, start: int, outer: Sequence[Axis], dropped: frozenset[tuple[str, int]]
+        self,
+        whole: Segment,
+        segment: Segment,
+        start: int,
+        outer: Sequence[Axis],
+        dropped: frozenset[tuple[str, int]],
     ) -> Stretch | Refusal:
-        refusal = _refuse(segment, outer, dropped)
+        refusal = _refuse(whole, outer, dropped)
         if refusal is not None:
             return refusal
         if is_flat(segment):
@@ -89,7 +94,7 @@ class GridReader:
         return Stretch(start, segment, _grid_of(sizes), order, () if None in axes else axes)  # type: ignore[arg-type]
 
     def _packed(self, segment: Segment, start: int) -> Stretch | Refusal:
-        """A flat input axis: a grid where a table of positions says so."""
+        """A flat input axis: a grid, or text and a grid, where a table of positions says so."""
         origin = segment[0].origin
         if origin not in self._rasters:
             self._rasters[origin] = self._raster(origin)
@@ -101,33 +106,68 @@ class GridReader:
                 "no-grid",
                 f"the tokens are {origin}, a flat sequence of {origin.length} without positions: give --grid TxHxW",
             )
-        sizes, inputs = raster
+        place, inputs = raster
+        grid = _grid_of(place.sizes)
         named = " and ".join(f"'{name}'" for name in sorted(inputs))
         assumption = (
-            f"the token grid {_grid_of(sizes)} is read from the example values of input {named}: "
+            f"the token grid {grid} is read from the example values of input {named}: "
             "the rewritten model is right for these positions only"
         )
-        return Stretch(start, segment, _grid_of(sizes), "thw", (), assumption if inputs else "")
+        (tokens,) = (Axis((segment,)).slice(place.start, place.start + grid.tokens) or Axis((segment,))).segments
+        return Stretch(start + place.start, tokens, grid, "thw", (), assumption if inputs else "")
 
-    def _raster(self, origin: Origin) -> tuple[tuple[int, ...], frozenset[str]] | Refusal | None:
-        own = [
-            Beside(node, origin.axis, 0) for name, node in self._placeholders.items() if name == origin.input_name
-        ]
-        found: dict[tuple[int, ...], frozenset[str]] = {}
+    def _raster(self, origin: Origin) -> tuple[Raster, frozenset[str]] | Refusal | None:
+        found: dict[Raster, frozenset[str]] = {}
         tables = 0
-        for beside in (*own, *self._tracker.beside(origin)):
+        for beside in self._candidates(origin):
             table = self._values.read(beside.node)
             if table is None or tables == _MOST_TABLES:
                 continue
             tables += 1
             rows = table.value.movedim(beside.dim, 0)[beside.start : beside.start + origin.length]
-            sizes = read_raster(rows.flatten(1)) if rows.dim() > 1 else None
-            if sizes is not None and len(sizes) <= 3:
-                found.setdefault(sizes, table.inputs)
+            raster = find_raster(rows.flatten(1)) if rows.dim() > 1 else None
+            if raster is not None:
+                found.setdefault(raster, table.inputs)
         if len(found) > 1:
-            grids = " and ".join(str(_grid_of(sizes)) for sizes in found)
-            return Refusal("two-grids", f"the tables of positions say {grids}: choose with --grid TxHxW")
+            grids = " and ".join(f"{_grid_of(raster.sizes)}@{raster.start}" for raster in found)
+            return Refusal("two-grids", f"the tables of positions say {grids}: choose with --grid TxHxW@START")
         return next(iter(found.items()), None)
+
+    def _candidates(self, origin: Origin) -> Iterator[Beside]:
+        """Tensors that may hold the positions of an input's tokens: itself, position inputs, tables made of them."""
+        own = self._placeholders.get(str(origin.input_name))
+        if own is not None:
+            yield Beside(own, origin.axis, 0)
+        for beside in self._tracker.beside(origin):
+            for segment, start in starts(self._tracker.layout(beside.node)[beside.dim]):
+                ids = self._placeholders.get(str(segment[0].origin.input_name)) if is_flat(segment) else None
+                offset = beside.start - start
+                if ids is not None and offset >= 0 and offset + origin.length <= segment[0].size:
+                    yield Beside(ids, segment[0].origin.axis, offset)
+            yield beside
+
+
+def starts(axis: Axis) -> Iterator[tuple[Segment, int]]:
+    """Every segment with the place where it starts."""
+    start = 0
+    for segment in axis.segments:
+        yield segment, start
+        start += segment_size(segment)
+
+
+def _with_rest(segment: Segment, tokens: Axis) -> Segment:
+    """The segment as if whole, where the other parts of its leading axis stand elsewhere in the same sequence."""
+    if not segment or segment[0].is_complete:
+        return segment
+    leading = segment[0]
+    covered: set[int] = set()
+    for other in tokens.segments:
+        same = other[1:] == segment[1:] and other and other[0].origin == leading.origin
+        if same and (other[0].stride, other[0].modulus) == (leading.stride, leading.modulus):
+            covered |= set(range(other[0].start, other[0].start + other[0].size))
+    if len(covered) < leading.modulus:
+        return segment
+    return (replace(leading, start=0, size=leading.modulus), *segment[1:])
 
 
 def _grid_of(sizes: Sequence[int]) -> TokenGrid:

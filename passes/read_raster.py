@@ -2,15 +2,54 @@
 
 from __future__ import annotations
 
+import itertools
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-# Tables are made in float32: the same coordinate may differ by a rounding step of sine or cosine.
-_TOLERANCE = 1e-5
+# Tables are made in float32, so that the same coordinate may differ by a rounding step of sine or cosine; columns are
+# compared as shares of what they span, and those that hardly vary are left out.
+_ROUNDING = 1e-7
+_TOLERANCE = 1e-4
 # Wide tables repeat each axis in many columns.
 _MOST_COLUMNS = 64
+
+
+# Places where a sequence may change from text to a grid.
+_MOST_BREAKS = 12
+
+
+@dataclass(frozen=True)
+class Raster:
+    """A row-major grid of one to three axes that starts at row ``start`` of a table."""
+
+    start: int
+    sizes: tuple[int, ...]
+
+
+def find_raster(table: Tensor) -> Raster | None:
+    """The longest stretch of a table's rows that is a grid; ``table`` is [S, C], see read_raster."""
+    whole = read_raster(table)
+    if whole is not None:
+        return Raster(0, whole) if len(whole) <= 3 else None
+    breaks = _breaks(table)
+    stretches = sorted(itertools.combinations(breaks, 2), key=lambda ends: (ends[0] - ends[1], ends[0]))
+    for start, stop in stretches:
+        sizes = read_raster(table[start:stop]) if stop - start < table.shape[0] else None
+        if sizes is not None and len(sizes) <= 3:
+            return Raster(start, sizes)
+    return None
+
+
+def _breaks(table: Tensor) -> list[int]:
+    """Rows that follow the one before by a step that is rare, the ends included; none where rare steps are many."""
+    rows = _real(table)
+    steps = (rows[1:] - rows[:-1]).mul(1e5).round()
+    _, kind, counts = steps.unique(dim=0, return_inverse=True, return_counts=True)
+    rare = (counts[kind] <= 2).nonzero().flatten().add(1).tolist()
+    return [] if len(rare) > _MOST_BREAKS else [0, *rare, table.shape[0]]
 
 
 def read_raster(table: Tensor) -> tuple[int, ...] | None:
@@ -29,7 +68,7 @@ def read_raster(table: Tensor) -> tuple[int, ...] | None:
     while inner < tokens:
         # Columns that vary within one step of this axis belong to inner axes.
         outer = columns[::inner, _is_constant_on_runs(columns, inner)]
-        periods = [_period(column) for column in outer.T]
+        periods = [_period(column) for column in outer.T.contiguous()]
         if not periods or min(periods) == 1:
             return None
         period = min(periods)
@@ -49,29 +88,30 @@ def _real(table: Tensor) -> Tensor:
 
 
 def _distinct_columns(table: Tensor) -> Tensor:
-    """Columns that vary by more than rounding."""
-    spread = table.amax(0) - table.amin(0)
-    scale = table.abs().amax(0).clamp(min=1e-30)
-    return table[:, spread > 10 * _TOLERANCE * scale]
+    """Columns that vary by more than rounding, each brought to 0..1."""
+    low, high = table.amin(0), table.amax(0)
+    spread = high - low
+    is_exact = bool((table == table.round()).all())
+    varies = spread > (0 if is_exact else _ROUNDING / _TOLERANCE) * table.abs().amax(0)
+    return (table[:, varies] - low[varies]) / spread[varies]
 
 
-def _same(a: Tensor, b: Tensor, scale: Tensor) -> Tensor:
-    return (a - b).abs() <= _TOLERANCE * scale
+def _same(a: Tensor, b: Tensor) -> Tensor:
+    return (a - b).abs() <= _TOLERANCE
 
 
 def _is_constant_on_runs(columns: Tensor, length: int) -> Tensor:
     """Which columns repeat one value over each run of ``length`` tokens; bool [C]."""
     runs = columns.unflatten(0, (-1, length))
-    return _same(runs, runs[:, :1], columns.abs().amax(0)).flatten(0, 1).all(0)
+    return _same(runs, runs[:, :1]).flatten(0, 1).all(0)
 
 
 def _period(column: Tensor) -> int:
     """Shortest period that divides the length; 1 where the column is constant."""
     length = column.shape[0]
-    scale = column.abs().amax()
     for period in _divisors(length)[:-1]:
-        first = column[period : period + 16]  # settles most cases
-        if _same(first, column[: len(first)], scale).all() and _same(column[period:], column[:-period], scale).all():
+        some = torch.linspace(0, length - period - 1, 64).long()  # settles most cases
+        if _same(column[some + period], column[some]).all() and _same(column[period:], column[:-period]).all():
             return period
     return length
 
@@ -84,14 +124,13 @@ def _divisors(length: int) -> list[int]:
 def _is_separable(columns: Tensor, sizes: list[int]) -> bool:
     """Whether every column depends on one axis alone, and the positions of every axis are told apart."""
     rows = columns.unflatten(0, sizes)  # [*sizes, C]
-    scale = columns.abs().amax(0)
     owned = torch.zeros(columns.shape[1], dtype=torch.bool)
     for axis in range(len(sizes)):
         along = rows
         for other in range(len(sizes)):
             if other != axis:
                 along = along.narrow(other, 0, 1)
-        depends_on_axis_only = _same(rows, along, scale).flatten(0, -2).all(0)
+        depends_on_axis_only = _same(rows, along).flatten(0, -2).all(0)
         values = along.reshape(sizes[axis], -1)[:, depends_on_axis_only]
         if not _tells_apart(values):
             return False
@@ -101,4 +140,5 @@ def _is_separable(columns: Tensor, sizes: list[int]) -> bool:
 
 def _tells_apart(values: Tensor) -> bool:
     """Whether no two rows [n, C] are the same."""
-    return bool(values.shape[1]) and values.unique(dim=0).shape[0] == values.shape[0]
+    distinct = (values / _TOLERANCE).round().unique(dim=0)
+    return bool(values.shape[1]) and distinct.shape[0] == values.shape[0]

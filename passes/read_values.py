@@ -47,7 +47,9 @@ class ValueReader:
                 continue
             missing = [used for used in current.all_input_nodes if used not in self._known]
             # One source that cannot be read settles it.
-            if any(self._known.get(used, current) is None for used in current.all_input_nodes) or _is_too_large(current):
+            if any(self._known.get(used, current) is None for used in current.all_input_nodes) or _is_too_large(
+                current
+            ):
                 self._known[current] = None
             elif missing:
                 pending.append(missing[0])

@@ -248,8 +248,15 @@ def _convolution(tracker: LayoutTracker, node: fx.Node) -> Value:
     out_shape = _shape(node.meta["val"])
     axes: list[Axis | None] = [layout[0], None]
     for axis, size in zip(layout[2:], out_shape[2:], strict=True):
-        axes.append(_strided(axis, size))
+        axes.append(_strided(_without_padding(axis, size), size))
     return tracker.replace_unknown(node, axes)
+
+
+def _without_padding(axis: Axis, size: int) -> Axis:
+    """The one stretch of `size` that is not padding, where the axis is that and padding around it."""
+    stretches = [segment for segment in axis.segments if not Axis((segment,)).is_neutral]
+    is_padded = len(stretches) == 1 and segment_size(stretches[0]) == size < axis.size
+    return Axis((stretches[0],)) if is_padded else axis
 
 
 def _strided(axis: Axis, size: int) -> Axis | None:
@@ -351,7 +358,9 @@ def _cat(tracker: LayoutTracker, node: fx.Node) -> Value:
     rank = len(_shape(node.meta["val"]))
     layouts = [layout for layout in layouts if len(layout) == rank]
     dim = _dim(node, rank, 1)
-    axes = [_join_all([layout[i] for layout in layouts]) for i in range(rank)]
+    # Across the stretches the longest names the axes: a reference frame has those of the video.
+    by_length = sorted(layouts, key=lambda layout: -layout[dim].size)
+    axes = [_join_all([layout[i] for layout in by_length]) for i in range(rank)]
     axes[dim] = concatenate([layout[dim] for layout in layouts])
     return tracker.replace_unknown(node, axes)
 
@@ -364,6 +373,21 @@ def _stack(tracker: LayoutTracker, node: fx.Node) -> Value:
     axes: list[Axis | None] = [_join_all([layout[i] for layout in layouts]) for i in range(rank)]
     axes.insert(_dim(node, rank + 1, 1), None)
     return tracker.replace_unknown(node, axes)
+
+
+def _pad_sequence(tracker: LayoutTracker, node: fx.Node) -> Value:
+    """Sequences of one length, or padded behind, stacked along a new batch axis."""
+    tensors, batch_first = node.args[0], bool(node.args[1]) if len(node.args) > 1 else False
+    assert isinstance(tensors, list | tuple)
+    layouts = [tracker.layout(x) for x in tensors if isinstance(x, fx.Node)]
+    longest = max(layout[0].size for layout in layouts)
+    made_by = f"{node.target} (node '{node.name}')"
+    padded = [concatenate([x[0], unknown_axis(made_by, 0, longest - x[0].size)]) for x in layouts]
+    tokens = _join_all(padded)
+    batch = ONE if len(layouts) == 1 else None
+    rest = [_join_all([layout[i] for layout in layouts]) for i in range(1, len(layouts[0]))]
+    outer = [batch, tokens] if batch_first else [tokens, batch]
+    return tracker.replace_unknown(node, [*outer, *rest])
 
 
 def _join_all(axes: Sequence[Axis]) -> Axis | None:
@@ -587,6 +611,15 @@ def _repeat_interleave(tracker: LayoutTracker, node: fx.Node) -> Value:
     return tuple(axes)
 
 
+def _flip(tracker: LayoutTracker, node: fx.Node) -> Value:
+    layout = tracker.layout(_source(node))
+    dims = node.args[1]
+    assert isinstance(dims, list | tuple)
+    made_by = f"{node.target} (node '{node.name}')"
+    turned = {int(dim) % len(layout) for dim in dims}  # type: ignore[arg-type]
+    return tuple(axis.reversed(made_by) if i in turned else axis for i, axis in enumerate(layout))
+
+
 def _as_complex(tracker: LayoutTracker, node: fx.Node) -> Value:
     return tracker.layout(_source(node))[:-1]
 
@@ -727,6 +760,7 @@ _TRANSFERS: dict[Any, Transfer] = {
     **dict.fromkeys([aten.expand, aten.repeat], _expand),
     **dict.fromkeys([aten.cat, aten.concat, aten.concatenate], _cat),
     aten.stack: _stack,
+    aten.pad_sequence: _pad_sequence,
     **dict.fromkeys([aten.split, aten.split_with_sizes, aten.chunk, aten.tensor_split], _pieces),
     aten.unbind: _unbind,
     aten.slice: _slice,
@@ -740,6 +774,7 @@ _TRANSFERS: dict[Any, Transfer] = {
     aten.gather: _gather,
     **dict.fromkeys([aten.index_copy, aten.scatter, aten.scatter_add, aten.index_add], _index_copy),
     aten.index_put: _index_put,
+    aten.flip: _flip,
     aten.repeat_interleave: _repeat_interleave,
     aten.view_as_complex: _as_complex,
     aten.view_as_real: _as_real,

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
 from t3compile.errors import GridError
-from t3compile.geometry import TokenGrid
+from t3compile.geometry import GridHint, TokenGrid
 from t3compile.passes.find_attention import find_attention
 from t3compile.program import Program, trace
 from t3compile.sites import Declined, GridAxis, SiteSurvey
@@ -191,6 +191,17 @@ def time_innermost(net: Net, x: Tensor, y: Tensor) -> Tensor:
     return net.attend(net.volume(x).permute(0, 2, 3, 1, 4).flatten(1, 3))
 
 
+def in_blocks(net: Net, x: Tensor, y: Tensor) -> Tensor:
+    """All tokens, two rows at a time: [T, nh, W, wh]."""
+    return net.attend(net.volume(x).unflatten(2, (2, 2)).permute(0, 1, 2, 4, 3, 5).flatten(1, 4))
+
+
+def text_asks(net: Net, x: Tensor, y: Tensor) -> Tensor:
+    """A query stream of its own for text, on the keys of both."""
+    text, video = net.text_in(y), net.tokens(x)
+    return net.attend(text, torch.cat([video, text], 1))
+
+
 def flipped(net: Net, x: Tensor, y: Tensor) -> Tensor:
     return net.attend(net.volume(x).flip(1).flatten(1, 3))
 
@@ -274,15 +285,15 @@ def three_axes(net: Net, x: Tensor, y: Tensor) -> Tensor:
         (frames_as_heads, TEXT, "already-windowed", "tokens attend within parts"),
         (part_of_the_frames, TEXT, "already-windowed", "2 of axis 2 of input 'x'"),
         (rolled, TEXT, "unknown-layout", "the order of the tokens is lost"),
-        (width_before_height, TEXT, "unknown-layout", "not frame-major: 3 of axis 2 .* 5 of axis 4 .* 4 of axis 3"),
-        (time_innermost, TEXT, "unknown-layout", "not frame-major: 4 of axis 3 .* 5 of axis 4 .* 3 of axis 2"),
+        (in_blocks, TEXT, "unknown-layout", "order of blocks, not of rows: 3 of axis 2 .* 2 of axis 3 .* 2 of axis 3"),
         (flipped, TEXT, "unknown-layout", "aten.flip"),
         (cross, TEXT, "cross-attention", "60 queries on 7 keys: 7 of axis 1 of input 'y' as keys"),
         (keys_of_another_video, OTHER_VIDEO, "cross-attention", "axis 2 of input 'y'"),
         (keys_in_another_order, TEXT, "unknown-layout", "3 of axis 2 .* 5 of axis 4 .* 4 of axis 3"),
         (keys_of_unknown_order, TEXT, "unknown-layout", "aten.flip"),
         (keys_pooled, TEXT, "cross-attention", "60 queries on 30 keys"),
-        (two_videos_in_one_sequence, OTHER_VIDEO, "unknown-layout", "more than one token grid"),
+        (two_videos_in_one_sequence, OTHER_VIDEO, "two-grids", "choose with --grid 3x4x5@0 or 3x4x5@60"),
+        (text_asks, TEXT, "text-queries", "queries are 7 of axis 1 of input 'y'"),
         (keys_of_one_batch_element, TEXT, "unknown-layout", "queries of batch 2 on keys of batch 1"),
         (one_frame_selected, TEXT, "already-windowed", "4 of axis 3 of input 'x' x 5 of axis 4"),
         (frames_unbound, TEXT, "already-windowed", "4 of axis 3 of input 'x' x 5 of axis 4"),
@@ -338,7 +349,7 @@ FLAT = torch.randn(1, 60, 6)
 def test_flat_tokens_need_a_grid_from_the_user() -> None:
     declined = only_declined(survey_of(flat, FLAT))
     assert declined.reason == "no-grid"
-    assert "axis 1 of input 'y', a flat sequence of 60: give --grid TxHxW" in declined.detail
+    assert "axis 1 of input 'y', a flat sequence of 60 without positions: give --grid TxHxW" in declined.detail
     (site,) = survey_of(flat, FLAT, grid=TokenGrid(5, 3, 4)).found
     assert (site.grid, site.prefix, site.suffix) == (TokenGrid(5, 3, 4), 0, 0)
 
@@ -367,7 +378,7 @@ def test_grid_that_contradicts_the_graph_is_an_error() -> None:
     assert survey_of(run, grid=GRID) == survey_of(run)
 
 
-@pytest.mark.parametrize("run", [frame_wise, width_before_height])
+@pytest.mark.parametrize("run", [frame_wise])
 def test_grid_from_the_user_does_not_overrule_a_known_other_order(run: Callable[..., Tensor]) -> None:
     with pytest.raises(GridError):
         survey_of(run, grid=GRID)
@@ -498,3 +509,187 @@ def test_a_given_grid_may_refine_a_flattened_axis() -> None:
     assert site.grid == TokenGrid(3, 4, 5)
     with pytest.raises(GridError, match="contradicts"):
         find_attention(program, TokenGrid(4, 3, 5))
+
+
+@pytest.mark.parametrize(("run", "order"), [(width_before_height, "twh"), (time_innermost, "hwt")])
+def test_any_order_of_rows_is_a_grid_with_its_order(run: Callable[..., Tensor], order: str) -> None:
+    (site,) = survey_of(run).found
+    assert (site.grid, site.order) == (GRID, order)
+    assert survey_of(run, grid=GRID) == survey_of(run)
+
+
+def reordered_by_index(net: Net, x: Tensor, y: Tensor) -> Tensor:
+    index = torch.arange(60).view(3, 4, 5).permute(1, 2, 0).flatten()
+    return net.attend(net.tokens(x)[:, index])
+
+
+def reordered_by_gather(net: Net, x: Tensor, y: Tensor) -> Tensor:
+    index = torch.arange(60).view(3, 4, 5).permute(1, 2, 0).flatten()
+    tokens = net.tokens(x)
+    return net.attend(tokens.gather(1, index[None, :, None].expand(*tokens.shape)))
+
+
+@pytest.mark.parametrize("run", [reordered_by_index, reordered_by_gather])
+def test_constant_indices_are_followed(run: Callable[..., Tensor]) -> None:
+    (site,) = survey_of(run).found
+    assert (site.grid, site.order) == (GRID, "hwt")
+
+
+def with_reference_frame(net: Net, x: Tensor, y: Tensor) -> Tensor:
+    """A frame of another input put before the others along the time axis."""
+    return net.attend(torch.cat([net.volume(y)[:, :1], net.volume(x)], 1).flatten(1, 3))
+
+
+def with_padding(net: Net, x: Tensor, y: Tensor) -> Tensor:
+    padded = torch.nn.functional.pad(net.volume(x), (0, 0, 0, 1, 0, 2))  # W by one, H by two
+    return net.attend(padded.flatten(1, 3))
+
+
+@pytest.mark.parametrize(("run", "grid"), [(with_reference_frame, (4, 4, 5)), (with_padding, (3, 6, 6))])
+def test_a_lengthened_axis_is_the_grids(run: Callable[..., Tensor], grid: tuple[int, int, int]) -> None:
+    (site,) = survey_of(run, OTHER_VIDEO).found
+    assert (site.grid, site.prefix, site.suffix, site.axes) == (TokenGrid(*grid), 0, 0, ())
+
+
+def test_reference_tokens_stay_global_and_the_largest_grid_is_windowed() -> None:
+    def run(net: Net, x: Tensor, y: Tensor) -> Tensor:
+        return net.attend(torch.cat([net.tokens(y), net.tokens(x)], 1))
+
+    (site,) = survey_of(run, OTHER_VIDEO[:, :, :2]).found
+    assert (site.grid, site.prefix, site.suffix) == (GRID, 40, 0)
+
+
+def test_frames_moved_to_the_front_are_still_all_frames() -> None:
+    def run(net: Net, x: Tensor, y: Tensor) -> Tensor:
+        volume = net.volume(x)
+        return net.attend(torch.cat([volume[:, 2:], volume[:, :2]], 1).flatten(1, 3))
+
+    (site,) = survey_of(run).found
+    assert (site.grid, site.prefix, site.suffix) == (TokenGrid(2, 4, 5), 20, 0)
+
+
+def test_video_queries_of_their_own_on_joint_keys() -> None:
+    def run(net: Net, x: Tensor, y: Tensor) -> Tensor:
+        text, video = net.text_in(y), net.tokens(x)
+        joint = torch.cat([text, video], 1)
+        return net.attend(video, joint).sum() + net.attend(text, joint).sum()
+
+    survey = survey_of(run)
+    (site,) = survey.found
+    assert (site.prefix, site.suffix, site.query_prefix, site.query_suffix) == (7, 0, 0, 0)
+    assert [call.reason for call in survey.declined] == ["text-queries"]
+    assert not survey.declined[0].is_candidate
+
+
+def raster(*sizes: int) -> Tensor:
+    axes = torch.meshgrid(*(torch.arange(size) for size in sizes), indexing="ij")
+    return torch.stack(axes, -1).flatten(0, -2)  # [S, axes]
+
+
+class Packed(nn.Module):
+    """Flat latents [B, S, 6] with rotary positions of any making, after text."""
+
+    def __init__(self, positions: Callable[[Tensor], Tensor]) -> None:
+        super().__init__()
+        self.positions = positions
+        self.inner = nn.Linear(6, 8)
+
+    def forward(self, latents: Tensor, text: Tensor, ids: Tensor) -> Tensor:
+        angles = self.positions(ids)  # [S_text + S, 4]
+        x = self.inner(torch.cat([text, latents], 1)).unflatten(-1, (2, 4)).transpose(1, 2)
+        q = x * angles.cos() + x.flip(-1) * angles.sin()
+        return scaled_dot_product_attention(q, q, x)
+
+
+def angles_of(ids: Tensor) -> Tensor:
+    text = torch.zeros(7, ids.shape[-1])
+    scaled = torch.cat([text, ids.float()]) @ torch.tensor([[1.0, 0, 0], [0, 0.7, 0], [0, 0.31, 0], [0, 0, 0.9]]).T
+    return scaled
+
+
+def packed(positions: Callable[[Tensor], Tensor] = angles_of, ids: Tensor | None = None) -> SiteSurvey:
+    ids = raster(3, 4, 5) if ids is None else ids
+    return find_attention(trace(Packed(positions).eval(), (torch.randn(1, 60, 6), torch.randn(1, 7, 6), ids)))
+
+
+def test_positions_among_the_inputs_tell_the_grid_of_packed_latents() -> None:
+    survey = packed()
+    (site,) = survey.found
+    assert (site.grid, site.prefix, site.suffix, site.order) == (GRID, 7, 0, "thw")
+    assert len(survey.assumptions) == 1
+    assert "3x4x5 is read from the example values of input 'ids'" in survey.assumptions[0]
+
+
+def test_constant_tables_tell_the_grid_without_an_assumption() -> None:
+    survey = packed(lambda ids: angles_of(raster(3, 4, 5) * 0.37 - 1))
+    assert [(site.grid, site.prefix) for site in survey.found] == [(GRID, 7)]
+    assert survey.assumptions == ()
+
+
+@pytest.mark.parametrize(
+    "ids",
+    [torch.arange(60)[:, None].expand(60, 3), torch.zeros(60, 3), raster(3, 4, 5)[torch.randperm(60)]],
+    ids=["diagonal", "zero", "shuffled"],
+)
+def test_positions_that_are_no_raster_tell_nothing(ids: Tensor) -> None:
+    survey = packed(ids=ids)
+    assert survey.found == ()
+    assert [call.reason for call in survey.declined] == ["no-grid"]
+
+
+def test_text_and_latents_in_one_packed_input() -> None:
+    """Text stands in the first rows of the latents' own sequence; only the positions tell them apart."""
+
+    class Joint(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor, ids: Tensor) -> Tensor:
+            q = heads(self.inner(x)) * ids.float().cos()
+            return scaled_dot_product_attention(q, q, q)
+
+    ids = torch.cat([torch.arange(9)[:, None].expand(9, 3), raster(3, 4, 5) + 100])
+    (site,) = find_attention(trace(Joint(), (torch.randn(1, 69, 6), ids))).found
+    assert (site.grid, site.prefix, site.suffix) == (GRID, 9, 0)
+
+
+def test_a_given_start_says_where_the_grid_is() -> None:
+    def run(net: Net, x: Tensor, y: Tensor) -> Tensor:
+        return net.attend(net.text_in(y))
+
+    def found(hint: str) -> tuple[int, int]:
+        (site,) = find_attention(trace(Net(run), (VIDEO, torch.randn(1, 72, 6))), GridHint.parse(hint)).found
+        assert site.grid == GRID
+        return site.prefix, site.suffix
+
+    assert found("3x4x5@9") == (9, 3)
+    assert found("3x4x5@0") == (0, 12)
+    with pytest.raises(GridError, match=r"grid 3x4x5@13 has 60 tokens"):
+        found("3x4x5@13")
+    with pytest.raises(GridError, match=r"grid 3x4x5 has 60 tokens.*72 query tokens"):
+        found("3x4x5")
+
+
+def test_a_given_start_chooses_between_two_grids() -> None:
+    program = trace(Net(two_videos_in_one_sequence), (VIDEO, OTHER_VIDEO))
+    for start in (0, 60):
+        (site,) = find_attention(program, GridHint(GRID, start)).found
+        assert (site.prefix, site.suffix) == (start, 60 - start)
+
+
+def test_layers_in_stages_are_stacks_of_their_own() -> None:
+    model = Stacks(stages=[nn.Sequential(Block(), Block()), nn.Sequential(Block(), Block(), Block())])
+    assert places(trace(model, (VIDEO,))) == [
+        ("stages.0.0", "stages.0.*", 0),
+        ("stages.0.1", "stages.0.*", 1),
+        ("stages.1.0", "stages.1.*", 0),
+        ("stages.1.1", "stages.1.*", 1),
+        ("stages.1.2", "stages.1.*", 2),
+    ]
+
+
+def test_a_block_that_is_called_again_counts_on() -> None:
+    model = Stacks(blocks=[Block(), Block()])
+    model.blocks.append(model.blocks[0])  # type: ignore[union-attr, operator]
+    assert sorted(index for _, _, index in places(trace(model, (VIDEO,)))) == [0, 1, 2]

@@ -71,7 +71,6 @@ def test_split_is_row_major_and_product_undoes_it(sizes: tuple[int, ...]) -> Non
 def test_split_across_a_product() -> None:
     """[T*H] as [6, 4]: the outer part holds T and half of H."""
     merged = product([T, H])
-    assert merged is not None
     assert merged.split([3, 8]) == [T, H]
     halves = H.split([2, 4])
     assert halves is not None
@@ -80,7 +79,6 @@ def test_split_across_a_product() -> None:
 
 def test_split_that_cuts_no_whole_digit_is_unknown() -> None:
     merged = product([T, H])
-    assert merged is not None
     assert merged.split([8, 3]) is None
     assert merged.split([4, 6]) is None
     assert concatenate([T, H]).split([11, 1]) == [concatenate([T, H]), ONE]
@@ -110,7 +108,6 @@ def test_slice_takes_stretches_of_concatenations() -> None:
 
 def test_slice_of_a_product_keeps_whole_rows_or_one() -> None:
     merged = product([T, H])
-    assert merged is not None
     two = merged.slice(8, 24)
     assert two is not None
     assert values(two) == values(merged)[8:24]
@@ -129,24 +126,81 @@ def test_stretches_that_go_on_are_joined_again() -> None:
     assert concatenate([rest, first]).size == 3
 
 
-def test_product_with_a_concatenation_is_unknown() -> None:
-    assert product([concatenate([T, H]), W]) is None
+REFERENCE = input_axis("reference", 2, 1 + 1)
+
+
+def test_product_of_an_outer_concatenation_is_a_concatenation() -> None:
+    assert product([concatenate([T, H]), W]) == concatenate([product([T, W]), product([H, W])])
     assert product([ONE, concatenate([T, H]), ONE]) == concatenate([T, H])
+
+
+def test_a_lengthened_axis_is_one_digit_until_it_is_cut_again() -> None:
+    longer = concatenate([REFERENCE, T])
+    merged = product([longer, H, W])
+    assert [digit.size for digit in merged.segments[0]] == [5, 8, 10]
+    assert all(digit.is_whole for digit in merged.segments[0])
+    assert str(merged.segments[0][0].origin) == "lengthened axis 2 of input 'x'"
+    assert merged.split([5, 8, 10]) == [longer, H, W]
+    assert merged.slice(2 * 80, 5 * 80) == product([T, H, W])
+    inner = product([H, concatenate([REFERENCE, T])])
+    assert inner.split([8, 5]) == [H, longer]
+
+
+def test_an_inner_concatenation_of_other_things_is_lost() -> None:
+    text = input_axis("text", 1, 7)
+    for beside in (concatenate([text, W]), concatenate([W.slice(5, 10) or W, W.slice(0, 5) or W])):
+        merged = product([H, beside])
+        assert not merged.segments[0][1].origin.is_known
+        assert merged.reach == beside.reach | H.reach
+        assert merged.split([8, beside.size]) == [H, beside]
+
+
+def test_two_reversals_are_none() -> None:
+    assert H.reversed() != H
+    assert not H.reversed().is_known
+    assert H.reversed().reversed() == H
+    turned = product([T, H.reversed()])
+    assert turned.split([3, 8])[1].reversed() == H  # type: ignore[index]
+    assert join(H, H.reversed()) is None
+
+
+@pytest.mark.parametrize("order", list(itertools.permutations(range(3))))
+def test_taking_positions_in_another_order_permutes_the_digits(order: tuple[int, int, int]) -> None:
+    tokens = product([T, H, W])
+    index = np.arange(240).reshape(3, 8, 10).transpose(order).flatten().tolist()
+    assert tokens.take(index) == product([(T, H, W)[i] for i in order])
+    text = input_axis("text", 1, 7)
+    assert concatenate([text, tokens]).take([*(i + 7 for i in index), *range(7)]) == concatenate(
+        [product([(T, H, W)[i] for i in order]), text]
+    )
+
+
+def test_taking_stretches_and_what_is_no_order() -> None:
+    assert T.take([1, 2]) == T.slice(1, 3)
+    assert T.take([0, 1, 2]) == T
+    assert product([T, H]).take([8, 9, 10, 11, 12, 13, 14, 15]) == product([T, H]).slice(8, 16)
+    shuffled = np.random.default_rng(0).permutation(240).tolist()
+    assert product([T, H, W]).take(shuffled) is None
+
+
+def test_product_of_nothing() -> None:
     assert product([]) == product([ONE, ONE]) == Axis(((),))
 
 
 def test_join_believes_the_known_and_not_the_lost() -> None:
-    table, other = (unknown_axis(name, 0, 8, neutral=True) for name in ("table", "another"))
-    lost = unknown_axis("op", 0, 8)
+    table, other = (unknown_axis(name, 0, 8) for name in ("table", "another"))
+    lost = unknown_axis("op", 0, 8, frozenset({"x"}))
     assert join(H, H) == H
     assert join(H, table) == join(table, H) == H
     assert join(table, other) == table
     assert join(lost, table) == join(table, lost) == lost
     assert join(H, lost) is None
     assert join(lost, H) is None
+    of_another_input = unknown_axis("op", 0, 8, frozenset({"timestep"}))
+    assert join(of_another_input, H) == join(H, of_another_input) == H
     text = input_axis("text", 1, 7)
-    left = concatenate([text, unknown_axis("op", 0, 8, neutral=True)])
-    right = concatenate([unknown_axis("op", 1, 7, neutral=True), H])
+    left = concatenate([text, unknown_axis("op", 0, 8)])
+    right = concatenate([unknown_axis("op", 1, 7), H])
     assert join(left, right) == concatenate([text, H])
     assert join(concatenate([text, H]), concatenate([H, text])) is None
 
@@ -154,9 +208,6 @@ def test_join_believes_the_known_and_not_the_lost() -> None:
 def test_join_of_two_inputs_needs_the_same_cut() -> None:
     grid, swapped = product([T, H]), product([input_axis("y", 3, 8), input_axis("y", 2, 3)])
     control = product([input_axis("y", 2, 3), input_axis("y", 3, 8)])
-    assert grid is not None
-    assert swapped is not None
-    assert control is not None
     assert join(H, input_axis("y", 3, 8)) == H
     assert join(grid, control) == grid
     assert join(grid, swapped) is None
@@ -164,6 +215,12 @@ def test_join_of_two_inputs_needs_the_same_cut() -> None:
     assert join(flat, grid) == join(grid, flat) == grid
     with_text = concatenate([input_axis("text", 1, 7), grid])
     assert join(input_axis("timestep", 1, 31), with_text) == with_text
+    per_frame = product([input_axis("timestep", 1, 3), unknown_axis("repeat", 0, 8)])
+    assert join(per_frame, grid) == join(grid, per_frame) == grid
+    part = product([T.slice(0, 2) or T, input_axis("table", 0, 384).slice(0, 12) or T])
+    assert join(part, grid) is None
+    rows = product([input_axis("table", 0, 384).slice(0, 3) or T, input_axis("table", 1, 384).slice(0, 8) or T])
+    assert join(rows, grid) == join(grid, rows) == grid
     same_input_flat = input_axis("x", 1, 24)
     assert join(same_input_flat, grid) is None
 
@@ -244,7 +301,6 @@ def patched(position: int, length: int, patch: int, name: str = "x") -> Axis:
 
 def row_major(*axes: Axis) -> Axis:
     merged = product(axes)
-    assert merged is not None
     return merged
 
 
