@@ -206,6 +206,18 @@ class ValueBounds:
         lo, hi, nan, _ = self._table.look_up(numbers)
         return lo, hi, nan
 
+    def inputs_of(self, node: fx.Node) -> tuple[str, ...]:
+        """Placeholder names of the inputs whose values reach `node`, in the graph's order."""
+        names = input_names(self._program)
+        found: set[fx.Node] = set()
+        stack = [node]
+        while stack:
+            current = stack.pop()
+            if current not in found:
+                found.add(current)
+                stack.extend(() if _name(current) in _SHAPE_ONLY else current.all_input_nodes)
+        return tuple(x.name for x in sorted(found) if x.op == "placeholder" and x.name in names)
+
     def _pending(self, node: fx.Node) -> list[fx.Node]:
         """The node and its ancestors that have no value yet, in graph order."""
         found: set[fx.Node] = set()
