@@ -25,7 +25,8 @@ class Numbers:
     """Value numbers of a tensor of ``shape``.
 
     Element [i, j, ...] has the number core[places[0][i], places[1][j], ...]: ``core`` int64 of the same rank,
-    ``places`` int64 [shape[d]] for each axis. Places None are the positions themselves, or 0 where the core has one.
+    ``places`` int64 [shape[d]] for each axis. Places None are the positions themselves, or 0 where the core has one;
+    there they are always None, and every position of the core is used.
     """
 
     shape: tuple[int, ...]
