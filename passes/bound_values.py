@@ -21,13 +21,26 @@ from torch.utils import _pytree as pytree
 
 from t3compile.errors import T3CompileError, WeightsError
 from t3compile.passes.value_numbers import LARGEST, Numbers, align, concatenate, representatives
+from t3compile.passes.value_ranges import (
+    ARITHMETIC,
+    CONSTANT,
+    INF,
+    LARGEST_EXACT,
+    NO_NUMBER,
+    RULES,
+    Range,
+    Reduction,
+    adds_exactly,
+    all_of,
+    any_of,
+    convert,
+    dtype_limits,
+    largest_of,
+    smallest_of,
+    sum_of,
+)
 from t3compile.program import Program
 
-_INF = math.inf
-_LARGEST_EXACT = 2.0**53
-# In place of a value's number: one of its own is to be made, or that of the constant which the bounds give.
-_NO_NUMBER = -1
-_CONSTANT = -2
 # Rows are compared up to this many elements.
 _LARGEST_COMPARED = 2**20
 
@@ -50,32 +63,6 @@ class Bounds:
     def is_constant(self) -> Tensor:
         """bool: where the value is known."""
         return (self.lo == self.hi) & ~self.may_be_nan
-
-
-@dataclass(frozen=True, eq=False)
-class Range:
-    """Bounds of a list of values: ``lo``, ``hi`` float64, ``nan`` bool, and the number of a value that they equal.
-
-    ``number`` is -1 where the value is a new one.
-    """
-
-    lo: Tensor
-    hi: Tensor
-    nan: Tensor
-    number: Tensor
-    dtype: torch.dtype | None = None
-
-    @classmethod
-    def make(cls, lo: Tensor, hi: Tensor, nan: Tensor, number: Tensor | None = None) -> Range:
-        """Bounds that arithmetic made: what is not a number bounds nothing, and the value may be NaN."""
-        lo, hi, nan = (torch.as_tensor(x) for x in (lo, hi, nan))
-        broken = lo.isnan() | hi.isnan()
-        number = torch.full(lo.shape, _NO_NUMBER) if number is None else number
-        return cls(lo.nan_to_num(-_INF, _INF, -_INF), hi.nan_to_num(_INF, _INF, -_INF), nan | broken, number)
-
-    @property
-    def is_constant(self) -> Tensor:
-        return (self.lo == self.hi) & ~self.nan
 
 
 class NumberTable:
@@ -101,11 +88,11 @@ class NumberTable:
         flat = values.reshape(-1)
         if flat.is_complex():
             count = torch.ones(len(flat), dtype=torch.float64)
-            return self.add(-_INF * count, _INF * count, count.bool()).reshape(values.shape)
+            return self.add(-INF * count, INF * count, count.bool()).reshape(values.shape)
         exact = flat.to(torch.float64)
         odd = exact.isnan()
         if not values.is_floating_point() and values.dtype is not torch.bool:
-            odd = odd | (exact.abs() >= _LARGEST_EXACT)
+            odd = odd | (exact.abs() >= LARGEST_EXACT)
         bits, place = torch.unique(exact.view(torch.int64), return_inverse=True)
         at = torch.searchsorted(self._bits, bits)
         known = at < len(self._bits)
@@ -114,7 +101,7 @@ class NumberTable:
         if len(fresh):
             new = fresh.view(torch.float64)
             nan = new.isnan()
-            added = self._append(new.nan_to_num(-_INF, _INF, -_INF), new.nan_to_num(_INF, _INF, -_INF), nan, True)
+            added = self._append(new.nan_to_num(-INF, INF, -INF), new.nan_to_num(INF, INF, -INF), nan, True)
             self._flags[1, added[nan]] = False
             merged, order = torch.cat([self._bits, fresh]).sort()
             self._bits, self._bit_numbers = merged, torch.cat([self._bit_numbers, added])[order]
@@ -123,8 +110,8 @@ class NumberTable:
         if bool(odd.any()):
             # An integer that float64 cannot hold, or NaN, which is not even equal to itself.
             large = exact[odd].nan_to_num(0.0)
-            lo = torch.where(large > 0, _LARGEST_EXACT, -_INF)
-            hi = torch.where(large < 0, -_LARGEST_EXACT, _INF)
+            lo = torch.where(large > 0, LARGEST_EXACT, -INF)
+            hi = torch.where(large < 0, -LARGEST_EXACT, INF)
             numbers[odd] = self.add(lo.double(), hi.double(), exact[odd].isnan())
         return numbers.reshape(values.shape)
 
@@ -148,7 +135,6 @@ class NumberTable:
 
 
 Value = Numbers | list[Numbers | None] | None
-Rule = Callable[..., Range | None]
 Structure = Callable[["ValueBounds", fx.Node], Value]
 
 
@@ -315,7 +301,7 @@ class ValueBounds:
         count = result.numel()
         if count > LARGEST:
             return None
-        low, high = _dtype_limits(result.dtype)
+        low, high = dtype_limits(result.dtype)
         lo, hi = (torch.full((count,), x, dtype=torch.float64) for x in (low, high))
         nan = torch.full((count,), result.dtype.is_floating_point or result.dtype.is_complex)
         return Numbers.of(self._table.add(lo, hi, nan).reshape(tuple(result.shape)))
@@ -368,7 +354,7 @@ class ValueBounds:
         if aligned is None or 0 in aligned.shape:
             return None
         columns, place, shape = _combinations(aligned.cores)
-        result = torch.full((len(columns[0]),), _NO_NUMBER)
+        result = torch.full((len(columns[0]),), NO_NUMBER)
         known = torch.ones(len(columns[0]), dtype=torch.bool)
         for column in columns:
             known &= self._table.look_up(column)[3]
@@ -405,19 +391,19 @@ class ValueBounds:
         for source, column in zip(operands, columns, strict=True):
             lo, hi, nan, _ = self._table.look_up(column)
             ranges[source] = Range(lo, hi, nan, column, source.meta["val"].dtype)
-        rule = _RULES.get(name)
+        rule = RULES.get(name)
         bounded: Range | None = None
         if rule is not None:
-            args, kwargs = fx.map_arg((node.args, node.kwargs), lambda used: ranges.get(used, used))
-            bounded = rule(dtype, count, list(args), dict(kwargs))
+            args, kwargs = _replaced(node, ranges)
+            bounded = rule(dtype, count, args, kwargs)
         if bounded is None:
-            low, high = _dtype_limits(dtype)
+            low, high = dtype_limits(dtype)
             lo, hi = (torch.full((count,), x, dtype=torch.float64) for x in (low, high))
             return self._table.add(lo, hi, torch.full((count,), dtype.is_floating_point or dtype.is_complex))
-        if name in _ARITHMETIC and not dtype.is_floating_point:
+        if name in ARITHMETIC and not dtype.is_floating_point:
             # Whole numbers without a bound may wrap around, and then the other bound does not hold either.
             unbounded = bounded.lo.isinf() | bounded.hi.isinf()
-            lo, hi = torch.where(unbounded, -_INF, bounded.lo), torch.where(unbounded, _INF, bounded.hi)
+            lo, hi = torch.where(unbounded, -INF, bounded.lo), torch.where(unbounded, INF, bounded.hi)
             bounded = replace(bounded, lo=lo, hi=hi)
         return self._settle(bounded, dtype)
 
@@ -425,31 +411,29 @@ class ValueBounds:
         """Numbers of a rule's results, with the bounds that values of the dtype can have."""
         lo, hi, nan = bounded.lo, bounded.hi, bounded.nan
         if dtype.is_floating_point:
-            lo = lo.to(dtype).double().nan_to_num(-_INF, _INF, -_INF)
-            hi = hi.to(dtype).double().nan_to_num(_INF, _INF, -_INF)
+            lo = lo.to(dtype).double().nan_to_num(-INF, INF, -INF)
+            hi = hi.to(dtype).double().nan_to_num(INF, INF, -INF)
         elif dtype is torch.bool:
             lo, hi, nan = lo.clamp(0, 1), hi.clamp(0, 1), torch.zeros_like(nan)
         else:
-            low, high = _dtype_limits(dtype)
-            large = (lo.isfinite() & (lo < -_LARGEST_EXACT)) | (hi.isfinite() & (hi > _LARGEST_EXACT))
+            low, high = dtype_limits(dtype)
+            large = (lo.isfinite() & (lo < -LARGEST_EXACT)) | (hi.isfinite() & (hi > LARGEST_EXACT))
             wraps = (lo < low) | (hi > high) | large | nan
             lo, hi = torch.where(wraps, low, lo), torch.where(wraps, high, hi)
             nan = torch.zeros_like(nan)
         numbers = bounded.number.clone()
-        given = numbers == _CONSTANT
+        given = numbers == CONSTANT
         numbers[given] = self._table.add_constants(bounded.lo[given])
-        fixed = (lo == hi) & ~nan & (numbers == _NO_NUMBER)
+        fixed = (lo == hi) & ~nan & (numbers == NO_NUMBER)
         if dtype.is_floating_point:
             # Of a zero that depends on an input the sign is not known: it is no constant.
             fixed &= lo != 0
         numbers[fixed] = self._table.add_constants(lo[fixed])
-        new = numbers == _NO_NUMBER
+        new = numbers == NO_NUMBER
         numbers[new] = self._table.add(lo[new], hi[new], nan[new])
         return numbers
 
-    def reduce(
-        self, node: fx.Node, dims: Sequence[int], rule: Callable[[Range, Sequence[int], torch.dtype], Range | None]
-    ) -> Numbers | None:
+    def reduce(self, node: fx.Node, dims: list[int], rule: Reduction) -> Numbers | None:
         """Values over some axes of the first operand, by a rule over their bounds; axes are kept with size 1."""
         source = node.args[0]
         assert isinstance(source, fx.Node)
@@ -472,7 +456,7 @@ class ValueBounds:
             _, group = torch.unique(rows, dim=0, return_inverse=True)
         first = representatives(group)
         lo, hi, nan = (x.reshape(-1)[first] for x in (bounded.lo, bounded.hi, bounded.nan))
-        numbers = self._settle(Range(lo, hi, nan, torch.full_like(first, _NO_NUMBER)), dtype)[group]
+        numbers = self._settle(Range(lo, hi, nan, torch.full_like(first, NO_NUMBER)), dtype)[group]
         places = tuple(None if d in dims else p for d, p in enumerate(spread.places))
         return Numbers(tuple(shape), numbers.reshape(core_shape), places)
 
@@ -485,11 +469,11 @@ class ValueBounds:
             return None
         dtype = node.meta["val"].dtype
         lo, hi, nan, _ = self._table.look_up(spread.core)
-        if not _adds_exactly(Range(lo, hi, nan, spread.core, source.meta["val"].dtype), dtype):
+        if not adds_exactly(Range(lo, hi, nan, spread.core, source.meta["val"].dtype), dtype):
             return None
         nan = nan.long().cumsum(dim) > 0
-        flat = (x.reshape(-1) for x in (lo.cumsum(dim), hi.cumsum(dim), nan))
-        sums = self._settle(Range(*flat, torch.full((spread.core.numel(),), _NO_NUMBER)), dtype)
+        lo, hi, nan = (x.reshape(-1) for x in (lo.cumsum(dim), hi.cumsum(dim), nan))
+        sums = self._settle(Range(lo, hi, nan, torch.full((spread.core.numel(),), NO_NUMBER)), dtype)
         return replace(spread, core=sums.reshape(spread.core.shape))
 
     def cast(self, numbers: Numbers, source: torch.dtype, target: torch.dtype) -> Numbers:
@@ -501,13 +485,13 @@ class ValueBounds:
         result = torch.empty_like(column)
         result[known] = self._table.add_constants(lo[known].to(source).to(target))
         others = Range(lo[~known], hi[~known], nan[~known], column[~known], source)
-        result[~known] = self._settle(_convert(others, target), target)
+        result[~known] = self._settle(convert(others, target), target)
         return replace(numbers, core=result[place].reshape(numbers.core.shape))
 
     def _renewed(self, numbers: Numbers) -> Numbers:
         """New values for old ones of which nothing more is known, equal where these are."""
         column, place = torch.unique(numbers.core, return_inverse=True)
-        infinite = torch.full((len(column),), _INF, dtype=torch.float64)
+        infinite = torch.full((len(column),), INF, dtype=torch.float64)
         fresh = self._table.add(-infinite, infinite, infinite > 0)
         return replace(numbers, core=fresh[place].reshape(numbers.core.shape))
 
@@ -535,16 +519,6 @@ def _is_real(value: Tensor) -> bool:
     return not isinstance(value, FakeTensor) and value.device.type != "meta"
 
 
-def _dtype_limits(dtype: torch.dtype) -> tuple[float, float]:
-    """Lowest and highest value; infinite for integers that float64 cannot hold, too."""
-    if dtype is torch.bool:
-        return 0.0, 1.0
-    if dtype.is_floating_point or dtype.is_complex:
-        return -_INF, _INF
-    limits = torch.iinfo(dtype)
-    return (limits.min, limits.max) if limits.max < _LARGEST_EXACT else (-_INF, _INF)
-
-
 def _name(node: fx.Node) -> str | None:
     """The operator's name without namespace and overload, for aten's own."""
     target = node.target
@@ -559,7 +533,7 @@ def _name(node: fx.Node) -> str | None:
 def _is_elementwise(node: fx.Node) -> bool:
     target = node.target
     assert isinstance(target, torch._ops.OpOverload)
-    return torch.Tag.pointwise in target.tags or _name(node) in _RULES
+    return torch.Tag.pointwise in target.tags or _name(node) in RULES
 
 
 def _is_followed(node: fx.Node) -> bool:
@@ -588,10 +562,15 @@ def _sizes(node: fx.Node) -> Iterable[int]:
     return (x.numel() for x in pytree.tree_leaves(node.meta.get("val")) if isinstance(x, Tensor))
 
 
+def _replaced(node: fx.Node, values: Mapping[fx.Node, Any]) -> tuple[list[Any], dict[str, Any]]:
+    """The call's arguments with values in place of nodes."""
+    args, kwargs = pytree.tree_map_only(fx.Node, lambda used: values.get(used, used), (node.args, node.kwargs))
+    return list(args), dict(kwargs)
+
+
 def _carry_out(node: fx.Node, known: Mapping[fx.Node, Tensor], pointwise: bool = False) -> Any:
     """The call on real tensors; None where torch refuses."""
-    args, kwargs = fx.map_arg((node.args, node.kwargs), lambda used: known.get(used, used))
-    kwargs = dict(kwargs)
+    args, kwargs = _replaced(node, known)
     if "device" in kwargs:
         kwargs["device"] = torch.device("cpu")
     if pointwise:
@@ -621,387 +600,6 @@ def _combinations(cores: Sequence[Tensor]) -> tuple[list[Tensor], Tensor, tuple[
     return [core.expand(shape).reshape(-1)[first] for core in cores], group, shape
 
 
-# Rules for values that an input reaches. Rounding is monotone, so that bounds are rounded like values.
-
-
-def _operand(x: Any, dtype: torch.dtype, count: int) -> Range:
-    """An operand of arithmetic in `dtype`, bounded before and after torch's conversion to it."""
-    if not isinstance(x, Range):
-        value = torch.full((count,), float(x), dtype=torch.float64)
-        number = torch.full((count,), _CONSTANT)
-        x = Range(value, value, torch.zeros(count, dtype=torch.bool), number)
-    if dtype is torch.bool or x.dtype is dtype:
-        return x
-    if not dtype.is_floating_point:
-        return _to_integer(x, dtype)
-    kept = x.number if x.dtype is None else _kept_number(x, dtype)
-    lo, hi = _hull(x, (dtype, torch.float64 if dtype is torch.float64 else torch.float32))
-    return Range(lo, hi, x.nan, torch.where((lo == x.lo) & (hi == x.hi), kept, _NO_NUMBER), dtype)
-
-
-def _hull(x: Range, dtypes: Sequence[torch.dtype]) -> tuple[Tensor, Tensor]:
-    lo, hi = x.lo, x.hi
-    for dtype in dtypes:
-        lo, hi = torch.minimum(lo, x.lo.to(dtype).double()), torch.maximum(hi, x.hi.to(dtype).double())
-    return lo, hi
-
-
-def _kept_number(x: Range, dtype: torch.dtype) -> Tensor:
-    """The numbers of values that the conversion to a floating dtype does not change."""
-    source = x.dtype
-    assert source is not None
-    if source.is_floating_point:
-        keeps = torch.full(x.lo.shape, torch.promote_types(source, dtype) is dtype)
-    else:
-        largest = 1 / torch.finfo(dtype).eps
-        keeps = (x.lo >= -largest) & (x.hi <= largest)
-    return torch.where(keeps, x.number, _NO_NUMBER)
-
-
-def _to_integer(x: Range, dtype: torch.dtype) -> Range:
-    low, high = _dtype_limits(dtype)
-    largest = min(high, _LARGEST_EXACT)
-    lo, hi = x.lo.trunc(), x.hi.trunc()
-    wraps = (lo < max(low, -largest)) | (hi > largest) | x.nan
-    whole = x.dtype is None or not x.dtype.is_floating_point
-    number = torch.where(wraps, _NO_NUMBER, x.number) if whole else torch.full_like(x.number, _NO_NUMBER)
-    return Range(torch.where(wraps, low, lo), torch.where(wraps, high, hi), torch.zeros_like(x.nan), number, dtype)
-
-
-def _truth(x: Any, count: int) -> Range:
-    """Whether values are not zero."""
-    x = _operand(x, torch.bool, count)
-    nonzero = (x.lo > 0) | (x.hi < 0)
-    zero = (x.lo == 0) & (x.hi == 0) & ~x.nan
-    number = torch.full_like(x.number, _NO_NUMBER)
-    if x.dtype is not None and not x.dtype.is_floating_point:
-        number = torch.where((x.lo >= 0) & (x.hi <= 1), x.number, number)
-    return Range(nonzero.double(), (~zero).double(), torch.zeros_like(x.nan), number, torch.bool)
-
-
-def _convert(x: Range, dtype: torch.dtype) -> Range:
-    """A cast."""
-    if dtype is torch.bool:
-        return _truth(x, len(x.lo))
-    if not dtype.is_floating_point:
-        return _to_integer(x, dtype)
-    return Range(x.lo, x.hi, x.nan, _kept_number(x, dtype), dtype)
-
-
-def _sum(a: Range, b: Range) -> Range:
-    opposite = ((a.lo == -_INF) & (b.hi == _INF)) | ((a.hi == _INF) & (b.lo == -_INF))
-    lo, hi = a.lo + b.lo, a.hi + b.hi
-    return Range.make(lo.nan_to_num(-_INF, _INF, -_INF), hi.nan_to_num(_INF, _INF, -_INF), a.nan | b.nan | opposite)
-
-
-def _negative(a: Range) -> Range:
-    return Range.make(-a.hi, -a.lo, a.nan)
-
-
-def _product(a: Range, b: Range) -> Range:
-    corners = torch.stack([x * y for x in (a.lo, a.hi) for y in (b.lo, b.hi)])
-    # Zero times infinity is NaN when it happens; the limit of what is beside it is zero.
-    lo, hi = (f(corners.nan_to_num(0.0, _INF, -_INF), 0) for f in (torch.amin, torch.amax))
-    return Range.make(lo, hi, a.nan | b.nan | _zero_meets_infinity(a, b) | _zero_meets_infinity(b, a))
-
-
-def _zero_meets_infinity(a: Range, b: Range) -> Tensor:
-    return (a.lo <= 0) & (a.hi >= 0) & (b.lo.isinf() | b.hi.isinf())
-
-
-def _pair(dtype: torch.dtype, count: int, args: Sequence[Any]) -> tuple[Range, Range]:
-    return _operand(args[0], dtype, count), _operand(args[1], dtype, count)
-
-
-def _add(dtype: torch.dtype, count: int, args: list[Any], kwargs: dict[str, Any]) -> Range | None:
-    return _sum(*_pair(dtype, count, args)) if _is_unscaled(args, kwargs) else None
-
-
-def _sub(dtype: torch.dtype, count: int, args: list[Any], kwargs: dict[str, Any]) -> Range | None:
-    a, b = _pair(dtype, count, args)
-    return _sum(a, _negative(b)) if _is_unscaled(args, kwargs) else None
-
-
-def _rsub(dtype: torch.dtype, count: int, args: list[Any], kwargs: dict[str, Any]) -> Range | None:
-    a, b = _pair(dtype, count, args)
-    return _sum(b, _negative(a)) if _is_unscaled(args, kwargs) else None
-
-
-def _is_unscaled(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
-    return (args[2] if len(args) > 2 else kwargs.get("alpha", 1)) == 1
-
-
-def _mul(dtype: torch.dtype, count: int, args: list[Any], kwargs: dict[str, Any]) -> Range | None:
-    a, b = _pair(dtype, count, args)
-    result = _product(a, b)
-    number = torch.where(_is_value(a, 1), b.number, torch.where(_is_value(b, 1), a.number, _NO_NUMBER))
-    return Range(result.lo, result.hi, result.nan, number)
-
-
-def _div(dtype: torch.dtype, count: int, args: list[Any], kwargs: dict[str, Any]) -> Range | None:
-    if kwargs.get("rounding_mode") is not None or not dtype.is_floating_point:
-        return None
-    a, b = _pair(dtype, count, args)
-    corners = torch.stack([x / y for x in (a.lo, a.hi) for y in (b.lo, b.hi)])
-    open_ended = ((b.lo <= 0) & (b.hi >= 0)) | b.lo.isinf() | b.hi.isinf() | corners.isnan().any(0)
-    lo = torch.where(open_ended, -_INF, corners.amin(0))
-    hi = torch.where(open_ended, _INF, corners.amax(0))
-    return Range.make(lo, hi, a.nan | b.nan | open_ended)
-
-
-def _neg(dtype: torch.dtype, count: int, args: list[Any], kwargs: dict[str, Any]) -> Range | None:
-    return _negative(_operand(args[0], dtype, count))
-
-
-def _abs(dtype: torch.dtype, count: int, args: list[Any], kwargs: dict[str, Any]) -> Range | None:
-    a = _operand(args[0], dtype, count)
-    inside = (a.lo <= 0) & (a.hi >= 0)
-    ends = torch.stack([a.lo.abs(), a.hi.abs()])
-    return Range.make(torch.where(inside, 0.0, ends.amin(0)), ends.amax(0), a.nan)
-
-
-def _maximum(dtype: torch.dtype, count: int, args: list[Any], kwargs: dict[str, Any]) -> Range | None:
-    return _larger(*_pair(dtype, count, args))
-
-
-def _minimum(dtype: torch.dtype, count: int, args: list[Any], kwargs: dict[str, Any]) -> Range | None:
-    return _smaller(*_pair(dtype, count, args))
-
-
-def _larger(a: Range, b: Range) -> Range:
-    nan = a.nan | b.nan
-    number = torch.where((a.lo > b.hi) & ~nan, a.number, torch.where((b.lo > a.hi) & ~nan, b.number, _NO_NUMBER))
-    number = torch.where((a.number == b.number) & (a.number >= 0), a.number, number)
-    return Range(torch.maximum(a.lo, b.lo), torch.maximum(a.hi, b.hi), nan, number, a.dtype)
-
-
-def _smaller(a: Range, b: Range) -> Range:
-    nan = a.nan | b.nan
-    number = torch.where((a.hi < b.lo) & ~nan, a.number, torch.where((b.hi < a.lo) & ~nan, b.number, _NO_NUMBER))
-    number = torch.where((a.number == b.number) & (a.number >= 0), a.number, number)
-    return Range(torch.minimum(a.lo, b.lo), torch.minimum(a.hi, b.hi), nan, number, a.dtype)
-
-
-def _clamp(dtype: torch.dtype, count: int, args: list[Any], kwargs: dict[str, Any]) -> Range | None:
-    x, low, high = (*args, None, None)[:3]
-    low, high = kwargs.get("min", low), kwargs.get("max", high)
-    result = _operand(x, dtype, count)
-    if low is not None:
-        result = _larger(result, _operand(low, dtype, count))
-    return result if high is None else _smaller(result, _operand(high, dtype, count))
-
-
-def _clamp_min(dtype: torch.dtype, count: int, args: list[Any], kwargs: dict[str, Any]) -> Range | None:
-    return _clamp(dtype, count, [args[0], args[1]], {})
-
-
-def _clamp_max(dtype: torch.dtype, count: int, args: list[Any], kwargs: dict[str, Any]) -> Range | None:
-    return _clamp(dtype, count, [args[0], None, args[1]], {})
-
-
-def _relu(dtype: torch.dtype, count: int, args: list[Any], kwargs: dict[str, Any]) -> Range | None:
-    return _clamp(dtype, count, [args[0], 0], {})
-
-
-def _where(dtype: torch.dtype, count: int, args: list[Any], kwargs: dict[str, Any]) -> Range | None:
-    condition = _truth(args[0], count)
-    a, b = _pair(dtype, count, args[1:])
-    first, second = condition.lo == 1, condition.hi == 0
-    lo = torch.where(first, a.lo, torch.where(second, b.lo, torch.minimum(a.lo, b.lo)))
-    hi = torch.where(first, a.hi, torch.where(second, b.hi, torch.maximum(a.hi, b.hi)))
-    nan = torch.where(first, a.nan, torch.where(second, b.nan, a.nan | b.nan))
-    same = (a.number == b.number) & (a.number >= 0)
-    number = torch.where(first | same, a.number, torch.where(second, b.number, _NO_NUMBER))
-    return Range(lo, hi, nan, number)
-
-
-def _masked_fill(dtype: torch.dtype, count: int, args: list[Any], kwargs: dict[str, Any]) -> Range | None:
-    x, mask, value = args
-    return _where(dtype, count, [mask, value, x], {})
-
-
-def _conjunction(a: Range, b: Range) -> Range:
-    same = (a.number == b.number) & (a.number >= 0)
-    number = torch.where(_is_value(a, 1) | same, b.number, torch.where(_is_value(b, 1), a.number, _NO_NUMBER))
-    return Range(torch.minimum(a.lo, b.lo), torch.minimum(a.hi, b.hi), torch.zeros_like(a.nan), number)
-
-
-def _disjunction(a: Range, b: Range) -> Range:
-    same = (a.number == b.number) & (a.number >= 0)
-    number = torch.where(_is_value(a, 0) | same, b.number, torch.where(_is_value(b, 0), a.number, _NO_NUMBER))
-    return Range(torch.maximum(a.lo, b.lo), torch.maximum(a.hi, b.hi), torch.zeros_like(a.nan), number)
-
-
-def _difference(a: Range, b: Range) -> Range:
-    """Exclusive or."""
-    known = a.is_constant & b.is_constant
-    unlike = (a.lo != b.lo).double()
-    number = torch.where(_is_value(a, 0), b.number, torch.where(_is_value(b, 0), a.number, _NO_NUMBER))
-    lo, hi = torch.where(known, unlike, 0.0), torch.where(known, unlike, 1.0)
-    return Range(lo, hi, torch.zeros_like(a.nan), number)
-
-
-def _is_value(x: Range, value: float) -> Tensor:
-    return x.is_constant & (x.lo == value)
-
-
-def _logical(combine: Callable[[Range, Range], Range]) -> Rule:
-    def rule(dtype: torch.dtype, count: int, args: list[Any], kwargs: dict[str, Any]) -> Range | None:
-        return combine(_truth(args[0], count), _truth(args[1], count))
-
-    return rule
-
-
-def _bitwise(combine: Callable[[Range, Range], Range]) -> Rule:
-    """Of truth values; integers that may be others than 0 and 1 have no bounds."""
-
-    def rule(dtype: torch.dtype, count: int, args: list[Any], kwargs: dict[str, Any]) -> Range | None:
-        a, b = _pair(dtype, count, args)
-        if any(bool(((x.lo < 0) | (x.hi > 1)).any()) for x in (a, b)):
-            return None
-        return combine(a, b)
-
-    return rule
-
-
-def _logical_not(dtype: torch.dtype, count: int, args: list[Any], kwargs: dict[str, Any]) -> Range | None:
-    x = _truth(args[0], count)
-    return Range.make(1 - x.hi, 1 - x.lo, x.nan)
-
-
-def _bitwise_not(dtype: torch.dtype, count: int, args: list[Any], kwargs: dict[str, Any]) -> Range | None:
-    return _logical_not(dtype, count, args, kwargs) if dtype is torch.bool else None
-
-
-def _compared(args: Sequence[Any], count: int) -> tuple[Range, Range]:
-    """Both sides of a comparison, before and after any conversion to a common dtype."""
-    given = [x.dtype for x in args[:2] if isinstance(x, Range) and x.dtype is not None]
-    floating = [dtype for dtype in given if dtype.is_floating_point]
-    if len(floating) < len(given) or len(given) < 2:
-        # Integers and Python numbers are compared as what torch promotes them to.
-        floating += [torch.float32] * (bool(floating) or any(isinstance(x, float) for x in args[:2]))
-    sides: list[Range] = []
-    for x in args[:2]:
-        side = _operand(x, torch.bool, count)
-        sides.append(Range(*_hull(side, floating), side.nan, side.number, side.dtype))
-    return sides[0], sides[1]
-
-
-def _less(a: Range, b: Range, or_equal: bool) -> Range:
-    always = a.hi <= b.lo if or_equal else a.hi < b.lo
-    possible = a.lo <= b.hi if or_equal else a.lo < b.hi
-    nan = a.nan | b.nan
-    return Range.make((always & ~nan).double(), possible.double(), torch.zeros_like(nan))
-
-
-def _lt(dtype: torch.dtype, count: int, args: list[Any], kwargs: dict[str, Any]) -> Range | None:
-    a, b = _compared(args, count)
-    return _less(a, b, or_equal=False)
-
-
-def _le(dtype: torch.dtype, count: int, args: list[Any], kwargs: dict[str, Any]) -> Range | None:
-    a, b = _compared(args, count)
-    return _less(a, b, or_equal=True)
-
-
-def _gt(dtype: torch.dtype, count: int, args: list[Any], kwargs: dict[str, Any]) -> Range | None:
-    a, b = _compared(args, count)
-    return _as_truth(_less(b, a, or_equal=False), a, b, 0)
-
-
-def _ge(dtype: torch.dtype, count: int, args: list[Any], kwargs: dict[str, Any]) -> Range | None:
-    a, b = _compared(args, count)
-    return _as_truth(_less(b, a, or_equal=True), a, b, 1)
-
-
-def _eq(dtype: torch.dtype, count: int, args: list[Any], kwargs: dict[str, Any]) -> Range | None:
-    a, b = _compared(args, count)
-    return _as_truth(_equal(a, b), a, b, 1)
-
-
-def _ne(dtype: torch.dtype, count: int, args: list[Any], kwargs: dict[str, Any]) -> Range | None:
-    a, b = _compared(args, count)
-    equal = _equal(a, b)
-    return _as_truth(Range.make(1 - equal.hi, 1 - equal.lo, torch.zeros_like(equal.nan)), a, b, 0)
-
-
-def _equal(a: Range, b: Range) -> Range:
-    nan = a.nan | b.nan
-    same = (a.is_constant & b.is_constant & (a.lo == b.lo)) | ((a.number == b.number) & (a.number >= 0))
-    overlap = (a.lo <= b.hi) & (b.lo <= a.hi)
-    return Range.make((same & ~nan).double(), overlap.double(), torch.zeros_like(nan))
-
-
-def _as_truth(result: Range, x: Range, against: Range, value: float) -> Range:
-    """A truth value compared so that it comes out as itself keeps its number."""
-    if x.dtype is None or x.dtype.is_floating_point:
-        return result
-    itself = (x.lo >= 0) & (x.hi <= 1) & _is_value(against, value)
-    return Range(result.lo, result.hi, result.nan, torch.where(itself, x.number, _NO_NUMBER))
-
-
-def _isnan(dtype: torch.dtype, count: int, args: list[Any], kwargs: dict[str, Any]) -> Range | None:
-    x = _operand(args[0], torch.bool, count)
-    return Range.make(torch.zeros(count, dtype=torch.float64), x.nan.double(), torch.zeros_like(x.nan))
-
-
-def _isinf(dtype: torch.dtype, count: int, args: list[Any], kwargs: dict[str, Any]) -> Range | None:
-    x = _operand(args[0], torch.bool, count)
-    infinite = x.lo.isinf() | x.hi.isinf()
-    always = x.lo.isinf() & (x.lo == x.hi) & ~x.nan
-    return Range.make(always.double(), infinite.double(), torch.zeros_like(x.nan))
-
-
-def _rounded(function: Callable[[Tensor], Tensor]) -> Rule:
-    def rule(dtype: torch.dtype, count: int, args: list[Any], kwargs: dict[str, Any]) -> Range | None:
-        if len(args) > 1 or kwargs:
-            return None
-        x = _operand(args[0], dtype, count)
-        return Range.make(function(x.lo), function(x.hi), x.nan)
-
-    return rule
-
-
-_RULES: dict[str, Rule] = {
-    "add": _add,
-    "sub": _sub,
-    "rsub": _rsub,
-    "mul": _mul,
-    "div": _div,
-    "neg": _neg,
-    "abs": _abs,
-    "maximum": _maximum,
-    "minimum": _minimum,
-    "clamp": _clamp,
-    "clamp_min": _clamp_min,
-    "clamp_max": _clamp_max,
-    "relu": _relu,
-    "where": _where,
-    "masked_fill": _masked_fill,
-    "logical_and": _logical(_conjunction),
-    "logical_or": _logical(_disjunction),
-    "logical_xor": _logical(_difference),
-    "logical_not": _logical_not,
-    "bitwise_and": _bitwise(_conjunction),
-    "bitwise_or": _bitwise(_disjunction),
-    "bitwise_xor": _bitwise(_difference),
-    "bitwise_not": _bitwise_not,
-    "lt": _lt,
-    "le": _le,
-    "gt": _gt,
-    "ge": _ge,
-    "eq": _eq,
-    "ne": _ne,
-    "isnan": _isnan,
-    "isinf": _isinf,
-    "floor": _rounded(torch.floor),
-    "ceil": _rounded(torch.ceil),
-    "round": _rounded(torch.round),
-    "trunc": _rounded(torch.trunc),
-    "sign": _rounded(torch.sign),
-}
-
-
 # Operations that move values.
 
 
@@ -1029,9 +627,11 @@ def _same(analysis: ValueBounds, node: fx.Node) -> Value:
 
 
 def _reshaped(analysis: ValueBounds, node: fx.Node) -> Value:
-    if node.meta["val"].dtype != node.args[0].meta["val"].dtype:  # type: ignore[union-attr]
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    if node.meta["val"].dtype != source.meta["val"].dtype:
         return None  # a view of the same bytes as another dtype
-    return analysis.value(node.args[0]).reshape(_out_shape(node))
+    return analysis.value(source).reshape(_out_shape(node))
 
 
 def _expanded(analysis: ValueBounds, node: fx.Node) -> Value:
@@ -1110,7 +710,7 @@ def _flipped(analysis: ValueBounds, node: fx.Node) -> Value:
 def _repeated(analysis: ValueBounds, node: fx.Node) -> Value:
     numbers = analysis.value(node.args[0])
     given = _arguments(node)
-    repeats = list(given.get("repeats", given.get("dims")))
+    repeats = list(given["repeats"] if "repeats" in given else given["dims"])
     numbers = numbers.lifted(max(len(repeats), len(numbers.shape)))
     repeats = [1] * (len(numbers.shape) - len(repeats)) + repeats
     for dim, repeat in enumerate(repeats):
@@ -1276,7 +876,7 @@ def _dims(node: fx.Node) -> list[int]:
     return [d % rank for d in ([dim] if isinstance(dim, int) else dim)] if rank else []
 
 
-def _reduced(rule: Callable[[Range, Sequence[int], torch.dtype], Range | None]) -> Structure:
+def _reduced(rule: Reduction) -> Structure:
     def reduction(analysis: ValueBounds, node: fx.Node) -> Value:
         dims = _dims(node)
         if not dims:
@@ -1289,47 +889,6 @@ def _reduced(rule: Callable[[Range, Sequence[int], torch.dtype], Range | None]) 
         return [None if reduced is None else reduced.reshape(tuple(result[0].shape)), None]
 
     return reduction
-
-
-def _any(x: Range, dims: Sequence[int], dtype: torch.dtype) -> Range | None:
-    nonzero, zero = _nonzero(x)
-    lo, hi = nonzero.amax(dims, True), (~zero).amax(dims, True)
-    return Range.make(lo.double(), hi.double(), torch.zeros_like(lo))
-
-
-def _all(x: Range, dims: Sequence[int], dtype: torch.dtype) -> Range | None:
-    nonzero, zero = _nonzero(x)
-    lo, hi = nonzero.amin(dims, True), (~zero).amin(dims, True)
-    return Range.make(lo.double(), hi.double(), torch.zeros_like(lo))
-
-
-def _nonzero(x: Range) -> tuple[Tensor, Tensor]:
-    return (x.lo > 0) | (x.hi < 0), (x.lo == 0) & (x.hi == 0) & ~x.nan
-
-
-def _largest(x: Range, dims: Sequence[int], dtype: torch.dtype) -> Range | None:
-    return Range.make(x.lo.amax(dims, True), x.hi.amax(dims, True), x.nan.amax(dims, True))
-
-
-def _smallest(x: Range, dims: Sequence[int], dtype: torch.dtype) -> Range | None:
-    return Range.make(x.lo.amin(dims, True), x.hi.amin(dims, True), x.nan.amax(dims, True))
-
-
-def _total(x: Range, dims: Sequence[int], dtype: torch.dtype) -> Range | None:
-    lo, hi = x.lo.sum(dims, True), x.hi.sum(dims, True)
-    if not _adds_exactly(x, dtype):
-        return None
-    return Range.make(lo, hi, x.nan.amax(dims, True))
-
-
-def _adds_exactly(x: Range, dtype: torch.dtype) -> bool:
-    """Whether sums of the bounds are exact in the dtype's accumulator, so that in any order they bound the sum."""
-    if bool((x.lo.isinf() | x.hi.isinf()).any()):
-        return False
-    if bool((x.lo != x.lo.trunc()).any() or (x.hi != x.hi.trunc()).any()):
-        return False
-    precise = dtype is torch.float64 or not dtype.is_floating_point
-    return bool(torch.maximum(x.lo.abs(), x.hi.abs()).sum() < (_LARGEST_EXACT if precise else 2.0**24))
 
 
 def _accumulated(analysis: ValueBounds, node: fx.Node) -> Value:
@@ -1382,15 +941,13 @@ _STRUCTURES: dict[str, Structure] = {
         ),
         _moved,
     ),
-    "any": _reduced(_any),
-    "all": _reduced(_all),
-    **dict.fromkeys(("amax", "max"), _reduced(_largest)),
-    **dict.fromkeys(("amin", "min"), _reduced(_smallest)),
-    "sum": _reduced(_total),
+    "any": _reduced(any_of),
+    "all": _reduced(all_of),
+    **dict.fromkeys(("amax", "max"), _reduced(largest_of)),
+    **dict.fromkeys(("amin", "min"), _reduced(smallest_of)),
+    "sum": _reduced(sum_of),
     "cumsum": _accumulated,
 }
-
-_ARITHMETIC = frozenset({"add", "sub", "rsub", "mul", "neg", "abs"})
 
 _SAME_AS = {
     "_to_copy": "to",

@@ -5,11 +5,11 @@ from __future__ import annotations
 import math
 import random
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from t3compile.errors import T3CompileError
@@ -145,7 +145,7 @@ def test_infinity_is_no_nan() -> None:
 def test_numbers_follow_moved_values() -> None:
     def function(k: Tensor) -> Tensor:
         moved = torch.stack([k, k.flip(0)]).repeat(1, 2)[:, 1:].transpose(0, 1).reshape(-1)
-        return F.pad(moved, (1, 0), value=7)
+        return nn.functional.pad(moved, (1, 0), value=7)
 
     (result,) = bounds_of(function, K)
     assert result is not None
@@ -241,6 +241,89 @@ def test_only_ancestors_are_looked_at() -> None:
 # Random programs.
 
 
+@dataclass(frozen=True)
+class Operands:
+    """Two bools, two integers, two floats, a Python number, and any number."""
+
+    a: Tensor
+    b: Tensor
+    i: Tensor
+    j: Tensor
+    f: Tensor
+    g: Tensor
+    s: float
+    number: Callable[[], Tensor]
+
+
+Step = Callable[[Operands], Tensor]
+
+BOOL_STEPS: list[Step] = [
+    lambda v: v.a & v.b,
+    lambda v: torch.logical_or(v.a, v.b),
+    lambda v: v.a ^ v.b,
+    lambda v: ~v.a,
+    lambda v: v.number() < v.number(),
+    lambda v: v.number() >= v.s,
+    lambda v: v.number() == v.number(),
+    lambda v: v.number() != v.s,
+    lambda v: v.number().bool(),
+    lambda v: v.number().isnan(),
+    lambda v: v.a.any(1, keepdim=True).expand(3, 4),
+    lambda v: v.i.all(0, keepdim=True).expand(3, 4),
+    lambda v: torch.cat([v.a[:, 2:], v.b[:, :2]], dim=1),
+    lambda v: torch.where(v.a, v.b, ~v.b),
+    lambda v: v.a.tril(),
+    lambda v: torch.isinf(v.f),
+]
+
+INTEGER_STEPS: list[Step] = [
+    lambda v: v.i + v.j,
+    lambda v: v.i * 2 - v.j,
+    lambda v: torch.minimum(v.i, v.j),
+    lambda v: v.i.clamp(min=0, max=3),
+    lambda v: v.a.long(),
+    lambda v: v.a.cumsum(1),
+    lambda v: v.a.sum(0, keepdim=True).expand(3, 4),
+    lambda v: v.i.roll(1, 0),
+    lambda v: v.i.flip(1),
+    lambda v: v.i.reshape(4, 3).t().reshape(3, 4),
+    lambda v: v.i.index_select(1, torch.tensor([3, 0, 0, 1])),
+    lambda v: v.i[torch.tensor([2, 2, 0])],
+    lambda v: torch.where(v.a, v.i, v.j),
+    lambda v: v.i.abs() // 2,
+    lambda v: -v.i,
+]
+
+FLOAT_STEPS: list[Step] = [
+    lambda v: v.f + v.g,
+    lambda v: v.f - v.s,
+    lambda v: (1.0 - v.f) * v.s,
+    lambda v: v.f * v.g,
+    lambda v: v.f * v.i,
+    lambda v: v.f / v.g,
+    lambda v: v.s - v.a.float(),
+    lambda v: v.f.masked_fill(v.a, v.s),
+    lambda v: torch.where(v.a, v.f, v.s),
+    lambda v: torch.where(v.b, 0.0, -INF).to(v.f.dtype),
+    lambda v: v.f.abs(),
+    lambda v: torch.maximum(v.f, v.g),
+    lambda v: v.f.clamp(max=1.0),
+    lambda v: v.f.amax(1, keepdim=True).expand(3, 4),
+    lambda v: v.f.sum(1, keepdim=True).expand(3, 4),
+    lambda v: nn.functional.pad(v.f[:, 1:], (0, 1), value=v.s),
+    lambda v: torch.stack([v.f[0], v.g[1], v.f[0]]),
+    lambda v: torch.slice_scatter(v.f, v.g[:, :2], 1, 1, 3),
+    lambda v: torch.select_scatter(v.f, v.g[0], 0, 1),
+    lambda v: v.f.index_put((torch.tensor([0, 2]), torch.tensor([1, 3])), torch.tensor(v.s)),
+    lambda v: v.f.half().float(),
+    lambda v: v.f.bfloat16() + v.s,
+    lambda v: v.f.double() * v.s,
+    lambda v: v.f.floor(),
+    lambda v: v.i.to(v.f.dtype),
+    lambda v: v.f.exp(),
+]
+
+
 def random_program(seed: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], list[Tensor]]:
     """A program over a bool, an integer, and two floating inputs [3, 4]; every value it makes has that shape."""
 
@@ -254,85 +337,11 @@ def random_program(seed: int) -> Callable[[Tensor, Tensor, Tensor, Tensor], list
             return choose.choice(choose.choice([integers, floats]))
 
         for _ in range(12):
-            a, b = choose.choice(bools), choose.choice(bools)
-            i, j = choose.choice(integers), choose.choice(integers)
-            f, g = choose.choice(floats), choose.choice(floats)
-            s = choose.choice([0.0, 1.0, -1.0, 0.5, -10000.0, 3.0])
-            bools.append(
-                choose.choice(
-                    [
-                        lambda: a & b,
-                        lambda: torch.logical_or(a, b),
-                        lambda: a ^ b,
-                        lambda: ~a,
-                        lambda: number() < number(),
-                        lambda: number() >= s,
-                        lambda: number() == number(),
-                        lambda: number() != s,
-                        lambda: number().bool(),
-                        lambda: number().isnan(),
-                        lambda: a.any(1, keepdim=True).expand(3, 4),
-                        lambda: i.all(0, keepdim=True).expand(3, 4),
-                        lambda: torch.cat([a[:, 2:], b[:, :2]], dim=1),
-                        lambda: torch.where(a, b, ~b),
-                        lambda: a.tril(),
-                        lambda: torch.isinf(f),
-                    ]
-                )()
-            )
-            integers.append(
-                choose.choice(
-                    [
-                        lambda: i + j,
-                        lambda: i * 2 - j,
-                        lambda: torch.minimum(i, j),
-                        lambda: i.clamp(min=0, max=3),
-                        lambda: a.long(),
-                        lambda: a.cumsum(1),
-                        lambda: a.sum(0, keepdim=True).expand(3, 4),
-                        lambda: i.roll(1, 0),
-                        lambda: i.flip(1),
-                        lambda: i.reshape(4, 3).t().reshape(3, 4),
-                        lambda: i.index_select(1, torch.tensor([3, 0, 0, 1])),
-                        lambda: i[torch.tensor([2, 2, 0])],
-                        lambda: torch.where(a, i, j),
-                        lambda: i.abs() // 2,
-                        lambda: -i,
-                    ]
-                )()
-            )
-            floats.append(
-                choose.choice(
-                    [
-                        lambda: f + g,
-                        lambda: f - s,
-                        lambda: (1.0 - f) * s,
-                        lambda: f * g,
-                        lambda: f * i,
-                        lambda: f / g,
-                        lambda: s - a.float(),
-                        lambda: f.masked_fill(a, s),
-                        lambda: torch.where(a, f, s),
-                        lambda: torch.where(b, 0.0, -INF).to(f.dtype),
-                        lambda: f.abs(),
-                        lambda: torch.maximum(f, g),
-                        lambda: f.clamp(max=1.0),
-                        lambda: f.amax(1, keepdim=True).expand(3, 4),
-                        lambda: f.sum(1, keepdim=True).expand(3, 4),
-                        lambda: F.pad(f[:, 1:], (0, 1), value=s),
-                        lambda: torch.stack([f[0], g[1], f[0]]),
-                        lambda: torch.slice_scatter(f, g[:, :2], 1, 1, 3),
-                        lambda: torch.select_scatter(f, g[0], 0, 1),
-                        lambda: f.index_put((torch.tensor([0, 2]), torch.tensor([1, 3])), torch.tensor(s)),
-                        lambda: f.half().float(),
-                        lambda: f.bfloat16() + s,
-                        lambda: f.double() * s,
-                        lambda: f.floor(),
-                        lambda: i.to(f.dtype),
-                        lambda: f.exp(),
-                    ]
-                )().float()
-            )
+            pairs = (choose.choice(made) for made in (bools, bools, integers, integers, floats, floats))
+            operands = Operands(*pairs, choose.choice([0.0, 1.0, -1.0, 0.5, -10000.0, 3.0]), number)
+            bools.append(choose.choice(BOOL_STEPS)(operands))
+            integers.append(choose.choice(INTEGER_STEPS)(operands))
+            floats.append(choose.choice(FLOAT_STEPS)(operands).float())
         return [*bools[4:], *integers[4:], *floats[6:]]
 
     return function
@@ -474,5 +483,5 @@ def test_too_large_to_lay_out() -> None:
     row = Numbers.of(torch.arange(8192).reshape(1, -1))
     assert row.expand((8192, 8192)).dense() is None
     column = row.permute((1, 0))
-    assert 8192 * 8192 > LARGEST
+    assert LARGEST < 8192 * 8192
     assert align([row, column]) is None

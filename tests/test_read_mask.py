@@ -7,7 +7,6 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import Tensor, fx, nn
 
 from t3compile.errors import GridError
@@ -31,7 +30,7 @@ class Masked(nn.Module):
 
     def forward(self, x: Tensor, **masks: Tensor) -> Tensor:
         q, k, v = self.qkv(x).view(x.shape[0], self.tokens, 3 * HEADS, DIM).transpose(1, 2).chunk(3, dim=1)
-        return F.scaled_dot_product_attention(q, k, v, attn_mask=self.make(x, **masks))
+        return nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=self.make(x, **masks))
 
 
 def traced(make: Make, masks: Mapping[str, Tensor], tokens: int = GRID + TEXT, batch: int = BATCH) -> Program:
@@ -66,7 +65,7 @@ FLOAT_MASK = {"text_mask": torch.tensor([[1.0, 1.0, 1.0, 0.0], [1.0, 0.0, 0.0, 0
 
 
 def padded_ones(x: Tensor, text_mask: Tensor) -> Tensor:
-    return F.pad(text_mask, (GRID, 0), value=1).bool()[:, None, None, :]
+    return nn.functional.pad(text_mask, (GRID, 0), value=1).bool()[:, None, None, :]
 
 
 def cat_ones(x: Tensor, text_mask: Tensor) -> Tensor:
@@ -99,17 +98,19 @@ def written_into_zeros(x: Tensor, text_mask: Tensor) -> Tensor:
 
 
 def rows_and_columns(x: Tensor, text_mask: Tensor) -> Tensor:
-    keys = F.pad(text_mask, (GRID, 0), value=1).bool().view(x.shape[0], 1, 1, -1).repeat(1, 1, GRID + TEXT, 1)
+    keys = (
+        nn.functional.pad(text_mask, (GRID, 0), value=1).bool().view(x.shape[0], 1, 1, -1).repeat(1, 1, GRID + TEXT, 1)
+    )
     return keys & keys.transpose(2, 3)
 
 
 def outer_product(x: Tensor, text_mask: Tensor) -> Tensor:
-    keys = F.pad(text_mask.float(), (GRID, 0), value=1.0)
+    keys = nn.functional.pad(text_mask.float(), (GRID, 0), value=1.0)
     return (keys[:, :, None] * keys[:, None, :]).unsqueeze(1) > 0.5
 
 
 def where_infinite(x: Tensor, text_mask: Tensor) -> Tensor:
-    keys = F.pad(text_mask, (GRID, 0), value=1) != 0
+    keys = nn.functional.pad(text_mask, (GRID, 0), value=1) != 0
     return torch.where(keys, 0.0, float("-inf"))[:, None, None]
 
 
@@ -231,7 +232,7 @@ def slightly_weighted(x: Tensor, text_mask: Tensor) -> Tensor:
 
 def multiplied_by_infinity(x: Tensor, text_mask: Tensor) -> Tensor:
     """0 * inf is NaN, which hides everything."""
-    keys = F.pad(text_mask.to(x.dtype), (GRID, 0), value=1.0)
+    keys = nn.functional.pad(text_mask.to(x.dtype), (GRID, 0), value=1.0)
     return ((1.0 - keys) * float("-inf"))[:, None, None]
 
 
@@ -281,8 +282,8 @@ def test_rows_that_differ_outside_of_the_grid() -> None:
 
 def test_rows_that_an_input_makes_different() -> None:
     def make(x: Tensor, text_mask: Tensor) -> Tensor:
-        keys = F.pad(text_mask, (GRID, 0), value=1).bool()
-        rows = F.pad(text_mask, (0, GRID), value=1).bool()
+        keys = nn.functional.pad(text_mask, (GRID, 0), value=1).bool()
+        rows = nn.functional.pad(text_mask, (0, GRID), value=1).bool()
         return (keys[:, None, :] | rows[:, :, None])[:, None]
 
     reading = read(make, TEXT_MASK)
@@ -291,7 +292,7 @@ def test_rows_that_an_input_makes_different() -> None:
 
 def test_text_rows_may_be_hidden_from_everything() -> None:
     def make(x: Tensor, text_mask: Tensor) -> Tensor:
-        return F.pad(text_mask, (GRID, 0), value=1).bool()[:, None, :, None].expand(-1, 1, -1, GRID + TEXT)
+        return nn.functional.pad(text_mask, (GRID, 0), value=1).bool()[:, None, :, None].expand(-1, 1, -1, GRID + TEXT)
 
     reading = read(make, TEXT_MASK)
     assert (reading.hides_grid, reading.same_rows, reading.has_effect) == (False, True, True)
@@ -311,8 +312,8 @@ def test_masks_without_effect(value: float) -> None:
 def test_separate_query_and_key_counts() -> None:
     class Cross(nn.Module):
         def forward(self, q: Tensor, k: Tensor, text_mask: Tensor) -> Tensor:
-            mask = F.pad(text_mask, (GRID, 0), value=True)[:, None, None]
-            return F.scaled_dot_product_attention(q, k, k, attn_mask=mask)
+            mask = nn.functional.pad(text_mask, (GRID, 0), value=True)[:, None, None]
+            return nn.functional.scaled_dot_product_attention(q, k, k, attn_mask=mask)
 
     inputs = (torch.randn(BATCH, HEADS, GRID, DIM), torch.randn(BATCH, HEADS, GRID + TEXT, DIM), BOOL_MASK["text_mask"])
     program = trace(Cross(), inputs)
@@ -348,9 +349,9 @@ def test_a_video_of_a_hundred_thousand_tokens_is_read_at_once() -> None:
 
     class Large(nn.Module):
         def forward(self, q: Tensor, text_mask: Tensor) -> Tensor:
-            mask = F.pad(text_mask, (tokens - TEXT, 0), value=True).view(1, 1, 1, tokens)
+            mask = nn.functional.pad(text_mask, (tokens - TEXT, 0), value=True).view(1, 1, 1, tokens)
             rows = mask.expand(1, 1, tokens, tokens)
-            return F.scaled_dot_product_attention(q, q, q, attn_mask=rows & rows.transpose(2, 3))
+            return nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=rows & rows.transpose(2, 3))
 
     with torch.device("meta"):
         program = trace(Large(), (torch.empty(1, 1, tokens, 1), torch.empty(1, TEXT, dtype=torch.bool)))
@@ -365,7 +366,7 @@ def test_too_large_to_prove() -> None:
     class Distances(nn.Module):
         def forward(self, q: Tensor) -> Tensor:
             place = torch.arange(tokens)
-            return F.scaled_dot_product_attention(q, q, q, attn_mask=place[:, None] >= place[None])
+            return nn.functional.scaled_dot_product_attention(q, q, q, attn_mask=place[:, None] >= place[None])
 
     with torch.device("meta"):
         program = trace(Distances(), (torch.empty(1, 1, tokens, 1),))
