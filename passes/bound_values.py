@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.utils import _pytree as pytree
 
-from t3compile.errors import T3CompileError, WeightsError
+from t3compile.errors import InputsError, WeightsError
 from t3compile.passes.value_numbers import LARGEST, Numbers, align, concatenate, representatives
 from t3compile.passes.value_ranges import (
     ARITHMETIC,
@@ -154,7 +154,7 @@ class ValueBounds:
         self._specs = {s.arg.name: s for s in program.exported.graph_signature.input_specs if hasattr(s.arg, "name")}
         unknown = self._assume.keys() - input_names(program)
         if unknown:
-            raise T3CompileError(
+            raise InputsError(
                 f"bounds are assumed for {', '.join(map(repr, sorted(unknown)))}, which the program has no tensor "
                 f"inputs of: it has {', '.join(sorted(input_names(program)))}"
             )
@@ -244,7 +244,7 @@ class ValueBounds:
         if name in _STRUCTURES:
             try:
                 value = _STRUCTURES[name](self, node)
-            except (IndexError, TypeError, ValueError):
+            except (IndexError, KeyError, RuntimeError, TypeError, ValueError):
                 # An overload with other arguments than the rule reads: it is as one without a rule.
                 value = None
             if value is not None:
@@ -393,7 +393,7 @@ class ValueBounds:
             ranges[source] = Range(lo, hi, nan, column, source.meta["val"].dtype)
         rule = RULES.get(name)
         bounded: Range | None = None
-        if rule is not None:
+        if rule is not None and not dtype.is_complex:
             args, kwargs = _replaced(node, ranges)
             bounded = rule(dtype, count, args, kwargs)
         if bounded is None:

@@ -64,10 +64,12 @@ def dtype_limits(dtype: torch.dtype) -> tuple[float, float]:
     return (limits.min, limits.max) if limits.max < LARGEST_EXACT else (-INF, INF)
 
 
-def _operand(x: Any, dtype: torch.dtype, count: int) -> Range:
+def _operand(given: Range | float, dtype: torch.dtype, count: int) -> Range:
     """An operand of arithmetic in `dtype`, bounded before and after torch's conversion to it."""
-    if not isinstance(x, Range):
-        value = torch.full((count,), float(x), dtype=torch.float64)
+    if isinstance(given, Range):
+        x = given
+    else:
+        value = torch.full((count,), float(given), dtype=torch.float64)
         number = torch.full((count,), CONSTANT)
         x = Range(value, value, torch.zeros(count, dtype=torch.bool), number)
     if dtype is torch.bool or x.dtype is dtype:
@@ -82,7 +84,9 @@ def _operand(x: Any, dtype: torch.dtype, count: int) -> Range:
 def _hull(x: Range, dtypes: Sequence[torch.dtype]) -> tuple[Tensor, Tensor]:
     lo, hi = x.lo, x.hi
     for dtype in dtypes:
-        lo, hi = torch.minimum(lo, x.lo.to(dtype).double()), torch.maximum(hi, x.hi.to(dtype).double())
+        # What overflows a dtype without infinities becomes NaN, which bounds nothing.
+        lo = torch.minimum(lo, x.lo.to(dtype).double().nan_to_num(-INF, INF, -INF))
+        hi = torch.maximum(hi, x.hi.to(dtype).double().nan_to_num(INF, INF, -INF))
     return lo, hi
 
 
