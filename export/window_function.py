@@ -32,7 +32,16 @@ _TORCH_NAMES = {
     ir.DataType.FLOAT16: "float16",
     ir.DataType.BFLOAT16: "bfloat16",
     ir.DataType.DOUBLE: "float64",
+    ir.DataType.BOOL: "bool",
 }
+
+
+@dataclass(frozen=True)
+class MaskKey:
+    """Shape and dtype of a function's fourth input."""
+
+    shape: tuple[int, ...]
+    dtype: str
 
 
 @dataclass(frozen=True)
@@ -46,10 +55,12 @@ class FunctionKey:
     value_dim: int
     dtype: str
     form: AttentionForm
+    mask: MaskKey | None = None
 
     @property
     def name(self) -> str:
         """WindowAttention_<first ten hex digits of the hash of the configuration>."""
+        masked = () if self.mask is None else (self.mask.shape, self.mask.dtype)
         fields = (
             *self.args.as_op_args(),
             self.batch,
@@ -58,6 +69,7 @@ class FunctionKey:
             self.value_dim,
             self.dtype,
             self.form,
+            *masked,
         )
         return f"{OP_TYPE}_{hashlib.sha256(repr(fields).encode()).hexdigest()[:10]}"
 
@@ -76,17 +88,32 @@ def read_key(node: ir.Node, form: AttentionForm) -> FunctionKey:
         given["prefix"].as_int(),
         given["suffix"].as_int(),
         given["scale"].as_float() if "scale" in given else None,
+        given["query_prefix"].as_int() if "query_prefix" in given else None,
+        given["query_suffix"].as_int() if "query_suffix" in given else None,
     )
-    return FunctionKey(args, batch, heads, head_dim, int(str(v.shape[-1])), _TORCH_NAMES[q.dtype], form)
+    mask = _mask_key(node.inputs[3]) if len(node.inputs) > 3 else None
+    return FunctionKey(args, batch, heads, head_dim, int(str(v.shape[-1])), _TORCH_NAMES[q.dtype], form, mask)
+
+
+def _mask_key(mask: ir.Value | None) -> MaskKey:
+    assert mask is not None and mask.shape is not None and mask.dtype is not None
+    return MaskKey(_sizes(mask), _TORCH_NAMES[mask.dtype])
+
+
+def _sizes(value: ir.Value | None) -> tuple[int, ...]:
+    assert value is not None and value.shape is not None
+    return tuple(int(str(size)) for size in value.shape)
 
 
 def build_function(key: FunctionKey) -> ir.Function:
     """The function's body, exported from the torch implementation of the op."""
-    tokens = key.args.extra_tokens + key.args.grid.tokens
     dtype = getattr(torch, key.dtype)
-    depths = (key.head_dim, key.head_dim, key.value_dim)
+    args = key.args
+    sizes = ((args.query_tokens, key.head_dim), (args.tokens, key.head_dim), (args.tokens, key.value_dim))
     with FakeTensorMode():
-        inputs = tuple(torch.empty(key.batch, key.heads, tokens, depth, dtype=dtype) for depth in depths)
+        inputs = tuple(torch.empty(key.batch, key.heads, *size, dtype=dtype) for size in sizes)
+        if key.mask is not None:
+            inputs = (*inputs, torch.empty(key.mask.shape, dtype=getattr(torch, key.mask.dtype)))
     model = export_graph(trace(WindowAttention(key.args), inputs).exported)
     graph = model.graph
     _REWRITE_FORM[key.form](graph)
@@ -118,72 +145,138 @@ def _attention_nodes(graph: ir.Graph) -> list[ir.Node]:
     return [node for node in graph if node.op_type == "Attention" and node.domain == ""]
 
 
+def _mask_of(node: ir.Node) -> ir.Value | None:
+    return node.inputs[3] if len(node.inputs) > 3 else None
+
+
+def _initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(tensor.shape), type=ir.TensorType(tensor.dtype))
+    graph.register_initializer(value)
+    return value
+
+
 def _keep(graph: ir.Graph) -> None:
-    """Opset-23 Attention: every runtime's own fused kernel."""
+    """Opset-23 Attention: every runtime's own fused kernel. onnxruntime's wants a mask with a row for each query."""
+    for node in _attention_nodes(graph):
+        mask = _mask_of(node)
+        if mask is None:
+            continue
+        sizes = _sizes(mask)
+        wanted = (*sizes[:2], _sizes(node.inputs[0])[2], _sizes(node.inputs[1])[2])
+        if sizes == wanted:
+            continue
+        shape = _initializer(graph, f"{node.outputs[0].name}_mask_shape", ir.tensor(list(wanted)))
+        full = ir.node("Expand", [mask, shape])
+        graph.insert_before(node, full)
+        node.replace_input_with(3, full.outputs[0])
 
 
 def _to_matmul(graph: ir.Graph) -> None:
     """MatMul-Softmax-MatMul with the query scaled first: for TensorRT before 10.14."""
     for node in _attention_nodes(graph):
         q, k, v = node.inputs[:3]
-        assert q is not None and k is not None and v is not None and q.shape is not None
-        depth = q.shape[-1]
-        assert isinstance(depth, int) and q.dtype is not None
-        scale_attr = node.attributes.get("scale")
-        scale = depth**-0.5 if scale_attr is None else scale_attr.as_float()
-        factor = ir.Value(
-            name=f"{node.outputs[0].name}_scale",
-            const_value=ir.tensor(scale, dtype=q.dtype),
-            shape=ir.Shape([]),
-            type=ir.TensorType(q.dtype),
-        )
-        graph.register_initializer(factor)
+        assert q is not None and k is not None and v is not None and q.dtype is not None
+        factor = _initializer(graph, f"{node.outputs[0].name}_scale", ir.tensor(_scale(node), dtype=q.dtype))
         scaled = ir.node("Mul", [q, factor])
         keys = ir.node("Transpose", [k], {"perm": [0, 1, 3, 2]})
         scores = ir.node("MatMul", [scaled.outputs[0], keys.outputs[0]])
-        weights = ir.node("Softmax", [scores.outputs[0]], {"axis": -1})
+        biased = _biased(graph, node, scores.outputs[0])
+        weights = ir.node("Softmax", [biased[-1].outputs[0] if biased else scores.outputs[0]], {"axis": -1})
         out = ir.node("MatMul", [weights.outputs[0], v])
-        _replace(graph, node, [scaled, keys, scores, weights, out])
+        _replace(graph, node, [scaled, keys, scores, *biased, weights, out])
+
+
+def _biased(graph: ir.Graph, node: ir.Node, scores: ir.Value) -> list[ir.Node]:
+    """Nodes that add the mask to the scores."""
+    mask = _mask_of(node)
+    if mask is None:
+        return []
+    bias = _additive(graph, node, mask)
+    return [*bias, ir.node("Add", [scores, bias[-1].outputs[0] if bias else mask])]
+
+
+def _additive(graph: ir.Graph, node: ir.Node, mask: ir.Value) -> list[ir.Node]:
+    """Nodes that make 0 and -inf, in the dtype of the queries, of a bool mask; none where it is additive."""
+    q = node.inputs[0]
+    assert q is not None and q.dtype is not None
+    if mask.dtype != ir.DataType.BOOL:
+        return [] if mask.dtype == q.dtype else [ir.node("Cast", [mask], {"to": q.dtype})]
+    name = f"{node.outputs[0].name}_mask"
+    visible, hidden = (
+        _initializer(graph, f"{name}_{part}", ir.tensor(value, dtype=q.dtype))
+        for part, value in (("visible", 0.0), ("hidden", float("-inf")))
+    )
+    return [ir.node("Where", [mask, visible, hidden])]
 
 
 def _to_onnxruntime(graph: ir.Graph) -> None:
-    """com.microsoft.MultiHeadAttention: never holds the scores, on the CPU; the file then needs onnxruntime."""
+    """com.microsoft.MultiHeadAttention: never holds the scores, on the CPU; the file then needs onnxruntime.
+
+    It holds them where it gets a bias, so a mask that all queries share becomes a component of the keys instead.
+    """
     for node in _attention_nodes(graph):
+        mask = _mask_of(node)
+        made: list[ir.Node] = []
         values = list(node.inputs[:3])
-        flat: list[ir.Node] = []
-        for value in values:
-            assert value is not None and value.shape is not None
-            _, _, tokens, depth = value.shape
-            assert isinstance(tokens, int) and isinstance(depth, int)
-            shape = ir.Value(
-                name=f"{node.outputs[0].name}_{value.name}_flat",
-                const_value=ir.tensor([-1, tokens, depth]),
-                shape=ir.Shape([3]),
-                type=ir.TensorType(ir.DataType.INT64),
-            )
-            graph.register_initializer(shape)
-            flat.append(ir.node("Reshape", [value, shape]))
+        widened = mask is not None and _sizes(mask)[2] == 1
+        if mask is not None and widened:
+            made = _mask_into_keys(graph, node, mask)
+            values[:2] = [made[-2].outputs[0], made[-1].outputs[0]]
+        flat: list[ir.Value | None] = []
+        for i, (value, given) in enumerate(zip(values, node.inputs[:3], strict=True)):
+            _, _, tokens, depth = _sizes(given)
+            depth += widened and i < 2
+            shape = _initializer(graph, f"{node.outputs[0].name}_{i}_flat", ir.tensor([-1, tokens, depth]))
+            made.append(ir.node("Reshape", [value, shape]))
+            flat.append(made[-1].outputs[0])
+        if mask is not None and not widened:
+            made += _bias_of_queries(graph, node, mask)
+            flat += [None, None, made[-1].outputs[0]]
         attributes: dict[str, int | float] = {"num_heads": 1}
-        scale = node.attributes.get("scale")
-        if scale is not None:
-            attributes["scale"] = scale.as_float()
-        fused = ir.node(
-            "MultiHeadAttention",
-            [reshape.outputs[0] for reshape in flat],
-            attributes,
-            domain="com.microsoft",
-        )
-        out_shape = node.outputs[0].shape
-        assert out_shape is not None
-        back = ir.Value(
-            name=f"{node.outputs[0].name}_shape",
-            const_value=ir.tensor([int(str(size)) for size in out_shape]),
-            shape=ir.Shape([4]),
-            type=ir.TensorType(ir.DataType.INT64),
-        )
-        graph.register_initializer(back)
+        if mask is not None or "scale" in node.attributes:
+            attributes["scale"] = _scale(node)
+        fused = ir.node("MultiHeadAttention", flat, attributes, domain="com.microsoft")
+        back = _initializer(graph, f"{node.outputs[0].name}_shape", ir.tensor(list(_sizes(node.outputs[0]))))
         out = ir.node("Reshape", [fused.outputs[0], back])
-        _replace(graph, node, [*flat, fused, out])
+        _replace(graph, node, [*made, fused, out])
+
+
+def _scale(node: ir.Node) -> float:
+    given = node.attributes.get("scale")
+    return float(_sizes(node.inputs[0])[-1] ** -0.5) if given is None else given.as_float()
+
+
+def _mask_into_keys(graph: ir.Graph, node: ir.Node, mask: ir.Value) -> list[ir.Node]:
+    """Nodes that append 1 to every query and the mask over the scale to every key; the last two are q and k."""
+    q, k = node.inputs[:2]
+    assert q is not None and q.dtype is not None
+    name = f"{node.outputs[0].name}_mask"
+    scale = _initializer(graph, f"{name}_scale", ir.tensor(_scale(node), dtype=q.dtype))
+    one = _initializer(graph, f"{name}_one", ir.tensor(1.0, dtype=q.dtype))
+    q_shape, k_shape = (
+        _initializer(graph, f"{name}_{part}_shape", ir.tensor([*_sizes(x)[:3], 1])) for part, x in (("q", q), ("k", k))
+    )
+    bias = _additive(graph, node, mask)
+    divided = ir.node("Div", [bias[-1].outputs[0] if bias else mask, scale])
+    column = ir.node("Transpose", [divided.outputs[0]], {"perm": [0, 1, 3, 2]})
+    of_keys = ir.node("Expand", [column.outputs[0], k_shape])
+    of_queries = ir.node("Expand", [one, q_shape])
+    wide_q = ir.node("Concat", [q, of_queries.outputs[0]], {"axis": -1})
+    wide_k = ir.node("Concat", [k, of_keys.outputs[0]], {"axis": -1})
+    return [*bias, divided, column, of_keys, of_queries, wide_q, wide_k]
+
+
+def _bias_of_queries(graph: ir.Graph, node: ir.Node, mask: ir.Value) -> list[ir.Node]:
+    """Nodes that make the additive mask [1 or B*N, 1, Sq, S] for heads folded into the batch."""
+    batch, heads, queries, _ = _sizes(node.inputs[0])
+    keys = _sizes(node.inputs[1])[2]
+    name = f"{node.outputs[0].name}_mask"
+    bias = _additive(graph, node, mask)
+    whole = (1, 1, queries, keys) if _sizes(mask)[:2] == (1, 1) else (batch, heads, queries, keys)
+    whole_shape = _initializer(graph, f"{name}_whole_shape", ir.tensor(list(whole)))
+    flat_shape = _initializer(graph, f"{name}_flat_shape", ir.tensor([-1, 1, queries, keys]))
+    full = ir.node("Expand", [bias[-1].outputs[0] if bias else mask, whole_shape])
+    return [*bias, full, ir.node("Reshape", [full.outputs[0], flat_shape])]
 
 
 def _replace(graph: ir.Graph, old: ir.Node, new: list[ir.Node]) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, fx
 from torch.export import ExportedProgram
 
 from t3compile.cost import joint_pairs
-from t3compile.ops import WINDOW_ATTENTION, WindowAttentionArgs
+from t3compile.ops import WINDOW_ATTENTION, WindowAttentionCall
 from t3compile.passes.graph_pass import is_call
 from t3compile.sites import ModelCounts
 
@@ -120,7 +120,7 @@ def _attention_macs(node: fx.Node) -> int:
         return math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
     if node.target is WINDOW_ATTENTION:
         q, _, v = (_shape(x) for x in node.args[:3])
-        args = WindowAttentionArgs.of_call(node.args, node.kwargs)
-        pairs = joint_pairs(args.grid, args.extra_tokens, args.pattern)
+        args = WindowAttentionCall.read(node.args, node.kwargs).args
+        pairs = joint_pairs(args.grid, args.extra_tokens, args.pattern, extra_queries=args.extra_queries)
         return math.prod(q[:-2]) * pairs * (q[-1] + v[-1])
     return 0

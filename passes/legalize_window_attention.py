@@ -1,9 +1,9 @@
 """Make t3::window_attention acceptable to the ONNX exporter: a symbolic node that carries the configuration.
 
 Input graph:
-    out = t3.window_attention(q, k, v, grid, splits, branches, ...)
+    out = t3.window_attention(q, k, v, grid, splits, branches, ..., mask=m)
 Output graph:
-    out = onnx_symbolic.symbolic([q, k, v], "t3::WindowAttention", attributes=...)
+    out = onnx_symbolic.symbolic([q, k, v, m], "t3::WindowAttention", attributes=...)
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from t3compile.errors import RewriteError
-from t3compile.ops import WINDOW_ATTENTION, WindowAttentionArgs
+from t3compile.ops import WINDOW_ATTENTION, WindowAttentionCall
 from t3compile.ops.window_attention import ONNX_NAME
 from t3compile.passes.graph_pass import GraphPass, inline_graph
 from t3compile.program import Program, trace
@@ -26,10 +26,10 @@ class _Symbolic(nn.Module):
         super().__init__()
         self.attributes = attributes
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, *mask: Tensor) -> Tensor:
         out: Tensor = torch.onnx.ops.symbolic(
             ONNX_NAME,
-            (q, k, v),
+            (q, k, v, *mask),
             self.attributes,
             dtype=q.dtype,
             shape=(*q.shape[:-1], v.shape[-1]),
@@ -45,10 +45,10 @@ class LegalizeWindowAttention(GraphPass):
     def apply(self, graph_module: fx.GraphModule, program: Program) -> bool:
         calls = [node for node in graph_module.graph.nodes if node.target is WINDOW_ATTENTION]
         for node in calls:
-            attributes = WindowAttentionArgs.of_call(node.args, node.kwargs).as_attributes()
-            values = tuple(x.meta["val"] for x in node.args[:3])
-            body = trace(_Symbolic(attributes), values).graph
-            inline_graph(node, node.args[:3], body)
+            call = WindowAttentionCall.read(node.args, node.kwargs)
+            values = tuple(x.meta["val"] for x in call.tensors)
+            body = trace(_Symbolic(call.args.as_attributes()), values).graph
+            inline_graph(node, call.tensors, body)
         return bool(calls)
 
     def ensures(self, result: Program) -> None:

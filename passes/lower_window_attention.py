@@ -1,7 +1,7 @@
 """Lower t3::window_attention to plain aten calls, so that a file loads with torch alone.
 
 Input graph:
-    out = t3.window_attention(q, k, v, grid, splits, branches, ...)
+    out = t3.window_attention(q, k, v, grid, splits, branches, ..., mask=m)
 Output graph:
     the regrouping of ops.window_attention: views, permutes, cat, one scaled_dot_product_attention per window size
 """
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from t3compile.errors import RewriteError
-from t3compile.ops import WINDOW_ATTENTION, WindowAttention, WindowAttentionArgs
+from t3compile.ops import WINDOW_ATTENTION, WindowAttention, WindowAttentionCall
 from t3compile.passes.graph_pass import GraphPass, inline_graph
 from t3compile.program import Program, trace
 
@@ -26,12 +26,12 @@ class LowerWindowAttention(GraphPass):
         calls = [node for node in graph_module.graph.nodes if node.target is WINDOW_ATTENTION]
         bodies: dict[object, fx.Graph] = {}
         for node in calls:
-            args = WindowAttentionArgs.of_call(node.args, node.kwargs)
-            values = [x.meta["val"] for x in node.args[:3]]
-            key = (args, *((tuple(x.shape), x.stride(), x.dtype) for x in values))
+            call = WindowAttentionCall.read(node.args, node.kwargs)
+            values = tuple(x.meta["val"] for x in call.tensors)
+            key = (call.args, *((tuple(x.shape), x.stride(), x.dtype) for x in values))
             if key not in bodies:
-                bodies[key] = trace(WindowAttention(args), tuple(values)).graph
-            inline_graph(node, node.args[:3], bodies[key])
+                bodies[key] = trace(WindowAttention(call.args), values).graph
+            inline_graph(node, call.tensors, bodies[key])
         return bool(calls)
 
     def ensures(self, result: Program) -> None:

@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.export.graph_signature import InputKind
 
 from t3compile.errors import ExportError
-from t3compile.ops import WINDOW_ATTENTION
+from t3compile.ops import WINDOW_ATTENTION, WindowAttentionCall
 from t3compile.passes.find_attention import ATTENTION, AttentionCall
 from t3compile.passes.graph_pass import Cursor, GraphPass, compute_value, is_call
 from t3compile.program import Program, copy_exported
@@ -45,6 +45,15 @@ def _is_product(node: fx.Node) -> bool:
         aten.scaled_dot_product_attention,
         WINDOW_ATTENTION.overloadpacket,
     )
+
+
+def _mask_of(node: fx.Node) -> fx.Node | None:
+    if node.target is ATTENTION:
+        return AttentionCall.read(node).mask
+    if node.target is WINDOW_ATTENTION:
+        mask: fx.Node | None = WindowAttentionCall.read(node.args, node.kwargs).mask
+        return mask
+    return None
 
 
 def _is_float32(node: Any) -> bool:
@@ -117,7 +126,7 @@ class MixPrecision(GraphPass):
 
     def _clamp_mask(self, node: fx.Node, cursor: Cursor) -> None:
         """Additive masks of float32's most negative number would become infinite, and a fully masked row NaN."""
-        mask = AttentionCall.read(node).mask if node.target is ATTENTION else None
+        mask = _mask_of(node)
         if mask is not None and _is_float32(mask):
             lowest = torch.finfo(self._half).min
             node.replace_input_with(mask, cursor.call(aten.clamp.default, mask, lowest))

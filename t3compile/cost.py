@@ -14,18 +14,29 @@ from t3compile.plan import Plan
 from t3compile.sites import AttentionSite, Declined, SiteSurvey
 
 
-def joint_pairs(grid: TokenGrid, extra: int, pattern: WindowPattern | None, *, merged: bool = True) -> int:
-    """Query-key pairs of one head: windows among grid tokens, ``extra`` prefix/suffix tokens global."""
+def joint_pairs(
+    grid: TokenGrid,
+    extra: int,
+    pattern: WindowPattern | None,
+    *,
+    extra_queries: int | None = None,
+    merged: bool = True,
+) -> int:
+    """Query-key pairs of one head: windows among grid tokens, ``extra`` prefix/suffix tokens global.
+
+    ``extra_queries`` are the queries outside the grid, as many as the keys where None.
+    """
     tokens = grid.tokens + extra
+    extra_queries = extra if extra_queries is None else extra_queries
     if pattern is None:
-        return tokens * tokens
+        return (grid.tokens + extra_queries) * tokens
     branches = pattern.computed_branches(grid) if merged else pattern.branches
     grid_to_extra = len(branches) * grid.tokens * extra
-    return pattern.pairs(grid, merged=merged) + grid_to_extra + extra * tokens
+    return pattern.pairs(grid, merged=merged) + grid_to_extra + extra_queries * tokens
 
 
 def _pairs(site: AttentionSite, pattern: WindowPattern | None, *, merged: bool = True) -> int:
-    return joint_pairs(site.grid, site.extra_tokens, pattern, merged=merged)
+    return joint_pairs(site.grid, site.extra_tokens, pattern, extra_queries=site.extra_queries, merged=merged)
 
 
 def attention_macs(site: AttentionSite, pattern: WindowPattern | None, *, merged: bool = True) -> int:
@@ -120,7 +131,8 @@ def _ratio(before: int, after: int) -> float:
 
 def _site_cost(site: AttentionSite, pattern: WindowPattern | None) -> SiteCost:
     per_pair = site.batch * site.heads * site.item_bytes
-    qkvo = 2 * site.batch * site.heads * site.tokens * (site.head_dim + site.value_dim)
+    rows = site.query_tokens + site.tokens
+    qkvo = site.batch * site.heads * rows * (site.head_dim + site.value_dim)
     return SiteCost(
         node=site.node,
         pattern="full" if pattern is None else str(pattern),

@@ -13,6 +13,19 @@ from dataclasses import dataclass
 from t3compile.errors import GridError, PatternError
 
 AXES = ("t", "h", "w")
+# The order in which a sequence runs over the axes, outermost first; "hwt" is index (h*W + w)*T + t.
+FRAME_MAJOR = "thw"
+
+
+def is_token_order(order: object) -> bool:
+    """Whether this names an order of tokens: the letters t, h, w, each once."""
+    return isinstance(order, str) and sorted(order) == sorted(AXES)
+
+
+def permuted(values: tuple[int, int, int], order: str) -> tuple[int, int, int]:
+    """A value per axis (t, h, w) in sequence order."""
+    first, second, third = (values[AXES.index(axis)] for axis in order)
+    return first, second, third
 
 
 def _check_positive(kind: str, values: tuple[int, int, int], error: type[Exception]) -> None:
@@ -39,6 +52,10 @@ class TokenGrid:
     @property
     def tokens(self) -> int:
         return self.t * self.h * self.w
+
+    def in_order(self, order: str) -> TokenGrid:
+        """The grid whose sizes stand as a sequence of this order runs over them."""
+        return TokenGrid(*permuted(self.sizes, order))
 
     def index(self, t: int, h: int, w: int) -> int:
         return (t * self.h + h) * self.w + w
@@ -110,6 +127,10 @@ class Splits:
     def divide(self, grid: TokenGrid) -> bool:
         """Whether every window has the same size."""
         return all(length % count == 0 for count, length in zip(self.counts, grid.sizes, strict=True))
+
+    def in_order(self, order: str) -> Splits:
+        """The same splits for the grid in this order."""
+        return Splits(*permuted(self.counts, order))
 
     def largest_window(self, grid: TokenGrid) -> Window:
         t, h, w = (-(-length // n) for length, n in zip(grid.sizes, self.counts, strict=True))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, get_args
 
 from t3compile.errors import PatternError
@@ -37,6 +37,10 @@ class WindowPattern:
     def check_fit(self, grid: TokenGrid) -> None:
         """Raise PatternError when an axis has fewer tokens than windows."""
         self.splits.check_fit(grid)
+
+    def in_order(self, order: str) -> WindowPattern:
+        """The same windows for the grid in this order of its axes."""
+        return replace(self, splits=self.splits.in_order(order))
 
     def is_full(self) -> bool:
         """Whether this is the original attention: one window over everything."""

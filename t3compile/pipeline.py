@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
@@ -114,9 +114,10 @@ def verify(program: Program, rewritten: Program, plan: Plan, *, progress: Progre
         check_graph(rewrite(program, plan, portable=is_portable), rewritten),
         check_weights(program, rewritten),
     ]
-    for site in _distinct_patterns(plan):
+    masked = {site.node for site in survey.found if site.masked}
+    for site in _distinct_patterns(plan, masked):
         progress(f"pattern {site.pattern} on {site.grid}")
-        checks.append(check_pattern(site))
+        checks.append(check_pattern(site, masked=site.node in masked))
     return VerifyReport(grid_text, tuple(checks), tuple(not_run))
 
 
@@ -157,13 +158,7 @@ def _small_case(program: Program, survey: SiteSurvey, plan: Plan) -> _SmallCase 
     if len(small_survey.found) != len(survey.found):
         return f"on a small grid {len(small_survey.found)} sites are found instead of {len(survey.found)}"
     sites = tuple(
-        SitePlan(
-            small_site.node,
-            small_site.grid,
-            small_site.prefix,
-            small_site.suffix,
-            _shrunk_pattern(plan, site.node, site.grid, small_site.grid),
-        )
+        SitePlan.of_site(small_site, _shrunk_pattern(plan, site.node, site.grid, small_site.grid))
         for site, small_site in zip(survey.found, small_survey.found, strict=True)
     )
     small_plan = Plan(small.fingerprint(), plan.schedule, sites)
@@ -189,10 +184,10 @@ def _shrunk_pattern(plan: Plan, node: str, grid: TokenGrid, small: TokenGrid) ->
     return replace(planned.pattern, splits=Splits(*counts))
 
 
-def _distinct_patterns(plan: Plan) -> list[SitePlan]:
-    """One planned site per pattern, grid and place of the grid in the sequence."""
+def _distinct_patterns(plan: Plan, masked: Set[str]) -> list[SitePlan]:
+    """One planned site per pattern, place of the grid in the sequence, and whether it is masked."""
     distinct = {
-        (site.pattern, site.grid, site.prefix, site.suffix): site
+        (replace(site, node="", reason=""), site.node in masked): site
         for site in plan.rewritten
         if site.pattern is not None and not site.pattern.is_full()
     }

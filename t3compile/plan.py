@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from typing import Any
 
 from t3compile.errors import GridError, PatternError, PlanError
-from t3compile.geometry import TokenGrid
+from t3compile.geometry import FRAME_MAJOR, TokenGrid, is_token_order
 from t3compile.pattern import Schedule, WindowPattern, pattern_from_json
 from t3compile.presets import preset_for, preset_named
 from t3compile.schedule import generate_schedule
@@ -27,7 +27,10 @@ ScheduleChoice = str | Schedule | Sequence[tuple[int, int, int]]
 
 @dataclass(frozen=True)
 class SitePlan:
-    """What happens to one site: its pattern, or None with the reason why it stays full."""
+    """What happens to one site: its pattern, or None with the reason why it stays full.
+
+    Grid and pattern are in (T, H, W) whatever the ``order`` of the tokens; see AttentionSite for the other fields.
+    """
 
     node: str
     grid: TokenGrid
@@ -35,19 +38,60 @@ class SitePlan:
     suffix: int
     pattern: WindowPattern | None
     reason: str = ""
+    query_prefix: int = None  # type: ignore[assignment]  # not given: as many as the keys have
+    query_suffix: int = None  # type: ignore[assignment]
+    order: str = FRAME_MAJOR
 
     def __post_init__(self) -> None:
+        if self.query_prefix is None:
+            object.__setattr__(self, "query_prefix", self.prefix)
+        if self.query_suffix is None:
+            object.__setattr__(self, "query_suffix", self.suffix)
         if self.prefix < 0 or self.suffix < 0:
             raise PlanError(f"site '{self.node}': prefix {self.prefix} and suffix {self.suffix} must not be negative")
+        if self.query_prefix < 0 or self.query_suffix < 0:
+            raise PlanError(
+                f"site '{self.node}': query_prefix {self.query_prefix} and query_suffix {self.query_suffix} must not "
+                "be negative"
+            )
+        if not is_token_order(self.order):
+            raise PlanError(f"site '{self.node}': order {self.order!r} must be t, h, w in some order, such as 'thw'")
         if self.pattern is not None:
             self.pattern.check_fit(self.grid)
+
+    @classmethod
+    def of_site(cls, site: AttentionSite, pattern: WindowPattern | None, reason: str = "") -> SitePlan:
+        """The plan of a site with its place in the sequence."""
+        return cls(
+            site.node,
+            site.grid,
+            site.prefix,
+            site.suffix,
+            pattern,
+            reason,
+            site.query_prefix,
+            site.query_suffix,
+            site.order,
+        )
+
+    @property
+    def tokens(self) -> int:
+        """Keys."""
+        return self.prefix + self.grid.tokens + self.suffix
+
+    @property
+    def query_tokens(self) -> int:
+        return self.query_prefix + self.grid.tokens + self.query_suffix
 
     def to_json(self) -> dict[str, Any]:
         return {
             "node": self.node,
             "grid": list(self.grid.sizes),
+            "order": self.order,
             "prefix": self.prefix,
             "suffix": self.suffix,
+            "query_prefix": self.query_prefix,
+            "query_suffix": self.query_suffix,
             "pattern": None if self.pattern is None else self.pattern.to_json(),
             "reason": self.reason,
         }
@@ -94,14 +138,7 @@ class Plan:
                     f"the plan names site '{planned.node}', which is not among the found ones: "
                     f"{', '.join(found) or 'none'}"
                 )
-            at_plan = (planned.grid, planned.prefix, planned.suffix)
-            at_site = (site.grid, site.prefix, site.suffix)
-            if at_plan != at_site:
-                raise PlanError(
-                    f"site '{planned.node}': the plan has grid {planned.grid}, prefix {planned.prefix}, "
-                    f"suffix {planned.suffix}; the graph has grid {site.grid}, prefix {site.prefix}, "
-                    f"suffix {site.suffix}"
-                )
+            _check_place(planned, SitePlan.of_site(site, None))
         missing = [node for node in found if self.site(node) is None]
         if missing:
             raise PlanError(
@@ -146,28 +183,44 @@ class Plan:
         return cls(fields["fingerprint"], fields["schedule"], sites)
 
 
-def _fields(data: object, where: str, names: set[str]) -> Mapping[str, Any]:
+def _check_place(planned: SitePlan, found: SitePlan) -> None:
+    """Raise PlanError unless the grid stands at the same place of the sequence, in the same order."""
+    names = ["grid", "prefix", "suffix"]
+    names += [n for n in ("order", "query_prefix", "query_suffix") if getattr(planned, n) != getattr(found, n)]
+    at_plan, at_site = ([f"{name} {getattr(site, name)}" for name in names] for site in (planned, found))
+    if at_plan != at_site:
+        raise PlanError(f"site '{planned.node}': the plan has {', '.join(at_plan)}; the graph has {', '.join(at_site)}")
+
+
+def _fields(data: object, where: str, names: set[str], optional: Set[str] = frozenset()) -> Mapping[str, Any]:
+    known = ", ".join(sorted(names | optional))
     if not isinstance(data, Mapping):
-        raise PlanError(f"{where}: expected an object with the keys {', '.join(sorted(names))}")
-    missing, unknown = names - set(data), set(data) - names
+        raise PlanError(f"{where}: expected an object with the keys {known}")
+    missing, unknown = names - set(data), set(data) - names - optional
     if missing or unknown:
         problem = f"lacks {sorted(missing)}" if missing else f"has unknown keys {sorted(unknown)}"
-        raise PlanError(f"{where} {problem}; its keys are {', '.join(sorted(names))}")
+        raise PlanError(f"{where} {problem}; its keys are {known}")
     return data
+
+
+# Keys that plans written before they existed lack.
+_LATER_KEYS = frozenset({"query_prefix", "query_suffix", "order"})
 
 
 def _site_from_json(data: object, position: int) -> SitePlan:
     where = f"plan: sites[{position}]"
-    fields = _fields(data, where, {"node", "grid", "prefix", "suffix", "pattern", "reason"})
+    required = {"node", "grid", "prefix", "suffix", "pattern", "reason"}
+    fields = _fields(data, where, required, _LATER_KEYS)
     grid = fields["grid"]
     if not isinstance(grid, list) or len(grid) != 3:
         raise PlanError(f"{where}: grid {grid!r} must be three whole numbers [T, H, W]")
     for name in ("node", "reason"):
         if not isinstance(fields[name], str):
             raise PlanError(f"{where}: {name} {fields[name]!r} must be a string")
-    for name in ("prefix", "suffix"):
-        if isinstance(fields[name], bool) or not isinstance(fields[name], int):
-            raise PlanError(f"{where}: {name} {fields[name]!r} must be a whole number")
+    for name in ("prefix", "suffix", "query_prefix", "query_suffix"):
+        value = fields.get(name, 0)
+        if isinstance(value, bool) or not isinstance(value, int):
+            raise PlanError(f"{where}: {name} {value!r} must be a whole number")
     try:
         pattern = None if fields["pattern"] is None else pattern_from_json(fields["pattern"])
         return SitePlan(
@@ -177,6 +230,7 @@ def _site_from_json(data: object, position: int) -> SitePlan:
             fields["suffix"],
             pattern,
             fields["reason"],
+            **{name: fields[name] for name in _LATER_KEYS if name in fields},
         )
     except (GridError, PatternError) as error:
         raise PlanError(f"{where} ('{fields['node']}'): {error}") from None
@@ -212,12 +266,12 @@ def make_plan(survey: SiteSurvey, schedule: ScheduleChoice = "auto", *, min_toke
     for site in survey.found:
         if schedule == "auto" and site.grid.tokens < min_tokens:
             reason = f"too short: {site.grid.tokens} tokens, windows gain nothing below {min_tokens}"
-            sites.append(SitePlan(site.node, site.grid, site.prefix, site.suffix, None, reason))
+            sites.append(SitePlan.of_site(site, None, reason))
             continue
         chosen = _schedule_for(site, schedule, generated)
         names[chosen.name] = None
         pattern = chosen.pattern_at(site.index)
-        sites.append(SitePlan(site.node, site.grid, site.prefix, site.suffix, pattern))
+        sites.append(SitePlan.of_site(site, pattern))
     fallback = schedule if isinstance(schedule, str) else schedule.name
     return Plan(survey.fingerprint, "+".join(names) or fallback, tuple(sites))
 

@@ -9,8 +9,9 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 from t3compile.cost import Cost
+from t3compile.geometry import FRAME_MAJOR, TokenGrid
 from t3compile.plan import Plan
-from t3compile.sites import SiteSurvey
+from t3compile.sites import AttentionSite, SiteSurvey
 from t3compile.verification import VerifyReport
 
 T3_WARNING = (
@@ -88,9 +89,9 @@ def show_survey(survey: SiteSurvey) -> None:
         [
             (
                 site.stack or "-",
-                str(site.grid),
+                _ordered(site.grid, site.order),
                 str(site.tokens),
-                f"{site.prefix}/{site.suffix}",
+                _extra_text(site),
                 f"{site.heads} x {site.head_dim}",
                 site.dtype,
             )
@@ -103,6 +104,18 @@ def show_survey(survey: SiteSurvey) -> None:
     if rows:
         title = f"Left as they are: {len(survey.declined)} attention calls"
         show_table(title, ("calls", "module", "reason", "detail"), rows)
+
+
+def _ordered(grid: TokenGrid, order: str) -> str:
+    return str(grid) if order == FRAME_MAJOR else f"{grid} in order {order}"
+
+
+def _extra_text(site: AttentionSite) -> str:
+    """Prefix and suffix of the keys, and what is special about them."""
+    text = f"{site.prefix}/{site.suffix}"
+    if (site.query_prefix, site.query_suffix) != (site.prefix, site.suffix):
+        text += f", queries {site.query_prefix}/{site.query_suffix}"
+    return f"{text}, masked" if site.masked else text
 
 
 def _grouped(rows: Sequence[tuple[str, ...]]) -> list[tuple[str, ...]]:
@@ -119,7 +132,7 @@ def show_plan(survey: SiteSurvey, plan: Plan) -> None:
     rows: dict[tuple[str, ...], int] = {}
     for planned in plan.sites:
         if planned.pattern is None:
-            key = (str(planned.grid), "full", "-", "-", planned.reason)
+            key = (_ordered(planned.grid, planned.order), "full", "-", "-", planned.reason)
         else:
             pattern = planned.pattern
             branches = "+".join(pattern.computed_branches(planned.grid))
@@ -127,7 +140,13 @@ def show_plan(survey: SiteSurvey, plan: Plan) -> None:
             if not pattern.splits.divide(planned.grid):
                 window += " at most"
             tokens = pattern.largest_window_tokens(planned.grid)
-            key = (str(planned.grid), str(pattern), f"{window} = {tokens}", branches, planned.reason)
+            key = (
+                _ordered(planned.grid, planned.order),
+                str(pattern),
+                f"{window} = {tokens}",
+                branches,
+                planned.reason,
+            )
         rows[key] = rows.get(key, 0) + 1
     show_table(
         f"Plan: schedule {plan.schedule}",

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
-from t3compile.geometry import TokenGrid
+from t3compile.geometry import FRAME_MAJOR, TokenGrid
 
 Reason = Literal[
     "cross-attention",
@@ -40,7 +40,12 @@ class GridAxis:
 
 @dataclass(frozen=True)
 class AttentionSite:
-    """One full self-attention call over the token grid; q, k, v are [B, N, S, D] with S = prefix + grid + suffix."""
+    """One full self-attention call over the token grid; k, v are [B, N, S, D] with S = prefix + grid + suffix.
+
+    The queries have extra tokens of their own: query_prefix + grid + query_suffix, as many as the keys where not
+    given. ``grid`` is (T, H, W) whatever the ``order`` in which the sequence runs over its axes, outermost first.
+    ``masked``: the call's mask stays in force; it hides no grid token from a grid token.
+    """
 
     node: str
     module: str
@@ -55,20 +60,36 @@ class AttentionSite:
     value_dim: int
     dtype: str
     scale: float | None = None
-    query_prefix: int | None = None
-    query_suffix: int | None = None
-    order: str = "thw"
+    query_prefix: int = None  # type: ignore[assignment]  # not given: as many as the keys have
+    query_suffix: int = None  # type: ignore[assignment]
+    order: str = FRAME_MAJOR
     masked: bool = False
     axes: tuple[GridAxis, ...] = ()
 
+    def __post_init__(self) -> None:
+        if self.query_prefix is None:
+            object.__setattr__(self, "query_prefix", self.prefix)
+        if self.query_suffix is None:
+            object.__setattr__(self, "query_suffix", self.suffix)
+
     @property
     def extra_tokens(self) -> int:
-        """Prefix and suffix tokens: they stay global."""
+        """Prefix and suffix tokens of the keys: they stay global."""
         return self.prefix + self.suffix
 
     @property
+    def extra_queries(self) -> int:
+        """Queries outside the grid: they attend to all keys."""
+        return self.query_prefix + self.query_suffix
+
+    @property
     def tokens(self) -> int:
-        return self.prefix + self.grid.tokens + self.suffix
+        """Keys."""
+        return self.grid.tokens + self.extra_tokens
+
+    @property
+    def query_tokens(self) -> int:
+        return self.grid.tokens + self.extra_queries
 
     @property
     def item_bytes(self) -> int:

@@ -18,7 +18,8 @@ from torch import Tensor, fx
 
 from t3compile.errors import PlanError
 from t3compile.execute import CallHook, execute
-from t3compile.ops import WINDOW_ATTENTION, WindowAttentionArgs
+from t3compile.geometry import FRAME_MAJOR
+from t3compile.ops import WINDOW_ATTENTION, WindowAttentionArgs, WindowAttentionCall
 from t3compile.ops.reference import (
     MaskedAttention,
     masked_attention,
@@ -181,8 +182,17 @@ def check_rewritten(program: Program, rewritten: Program, plan: Plan, inputs: Ma
     return checks
 
 
-def _reference(site: SitePlan, q: Tensor, k: Tensor, v: Tensor, scale: float | None, attend: MaskedAttention) -> Tensor:
+def _reference(
+    site: SitePlan,
+    qkv: Sequence[Tensor],
+    mask: Tensor | None,
+    scale: float | None,
+    *,
+    attend: MaskedAttention = masked_attention,
+    rows: Tensor | None = None,
+) -> Tensor:
     assert site.pattern is not None
+    q, k, v = qkv
     return reference_window_attention(
         q,
         k,
@@ -191,9 +201,22 @@ def _reference(site: SitePlan, q: Tensor, k: Tensor, v: Tensor, scale: float | N
         pattern=site.pattern,
         prefix=site.prefix,
         suffix=site.suffix,
+        query_prefix=site.query_prefix,
+        query_suffix=site.query_suffix,
+        order=site.order,
+        mask=mask,
         scale=scale,
+        rows=rows,
         attend=attend,
     )
+
+
+def _exact(
+    site: SitePlan, qkv: Sequence[Tensor], mask: Tensor | None, scale: float | None, rows: Tensor | None = None
+) -> Tensor:
+    """The reference in float64."""
+    wide = None if mask is None else mask if mask.dtype == torch.bool else mask.double()
+    return _reference(site, [x.double() for x in qkv], wide, scale, rows=rows)
 
 
 def _site_watcher(site: SitePlan, checks: list[Check]) -> CallHook:
@@ -201,11 +224,10 @@ def _site_watcher(site: SitePlan, checks: list[Check]) -> CallHook:
 
     def watch(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         out: Tensor = WINDOW_ATTENTION(*args, **kwargs)
-        q, k, v = args[:3]
-        scale = WindowAttentionArgs.of_call(args, kwargs).scale
-        plain = [_reference(site, q, k, v, scale, attend) for attend in _PLAIN]
-        exact = _reference(site, q.double(), k.double(), v.double(), scale, masked_attention)
-        checks.append(derived_check("site", site.node, out, plain, exact))
+        call = WindowAttentionCall.read(args, kwargs)
+        qkv, mask, scale = call.tensors[:3], call.mask, call.args.scale
+        plain = [_reference(site, qkv, mask, scale, attend=attend) for attend in _PLAIN]
+        checks.append(derived_check("site", site.node, out, plain, _exact(site, qkv, mask, scale)))
         return out
 
     return watch
@@ -215,30 +237,42 @@ def _masked_hook(site: SitePlan, attend: MaskedAttention) -> CallHook:
     """Puts dense attention under the branches' masks in the place of the original call."""
 
     def run(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
-        q, k, v = args[:3]
-        return _reference(site, q, k, v, kwargs.get("scale"), attend)
+        mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
+        return _reference(site, args[:3], mask, kwargs.get("scale"), attend=attend)
 
     return run
 
 
-def check_pattern(site: SitePlan, *, scale: float | None = None, rows: int = 64) -> Check:
-    """One pattern at its real grid: random q, k, v of one head, ``rows`` sampled queries against the reference."""
+def check_pattern(site: SitePlan, *, scale: float | None = None, rows: int = 64, masked: bool = False) -> Check:
+    """One pattern at its real grid: random q, k, v of one head, ``rows`` sampled queries against the reference.
+
+    ``masked``: every second key outside the grid is hidden, as a key-padding mask does.
+    """
     assert site.pattern is not None
-    args = WindowAttentionArgs(site.grid, site.pattern, site.prefix, site.suffix, scale)
-    tokens = site.prefix + site.grid.tokens + site.suffix
+    args = WindowAttentionArgs(
+        site.grid.in_order(site.order),
+        site.pattern.in_order(site.order),
+        site.prefix,
+        site.suffix,
+        scale,
+        site.query_prefix,
+        site.query_suffix,
+    )
     generator = torch.Generator().manual_seed(0)
-    q, k, v = (torch.randn(1, 1, tokens, 8, generator=generator) for _ in range(3))
-    picked = torch.randperm(tokens, generator=generator)[:rows].sort().values
-    ours = WINDOW_ATTENTION(q, k, v, *args.as_op_args())[..., picked, :]
-    options = {
-        "grid": site.grid,
-        "pattern": site.pattern,
-        "prefix": site.prefix,
-        "suffix": site.suffix,
-        "scale": scale,
-        "rows": picked,
-    }
-    plain = [reference_window_attention(q, k, v, attend=attend, **options) for attend in _PLAIN]  # type: ignore[arg-type]
-    exact = reference_window_attention(q.double(), k.double(), v.double(), **options)  # type: ignore[arg-type]
-    name = f"{site.pattern} on {site.grid}"
-    return derived_check("pattern", name, ours, plain, exact)
+    counts = (site.query_tokens, site.tokens, site.tokens)
+    qkv = [torch.randn(1, 1, tokens, 8, generator=generator) for tokens in counts]
+    picked = torch.randperm(site.query_tokens, generator=generator)[:rows].sort().values
+    mask = _every_second_extra_key(site) if masked else None
+    given = {} if mask is None else {"mask": mask}
+    ours = WINDOW_ATTENTION(*qkv, *args.as_op_args(), **given)[..., picked, :]
+    plain = [_reference(site, qkv, mask, scale, attend=attend, rows=picked) for attend in _PLAIN]
+    order = "" if site.order == FRAME_MAJOR else f" in order {site.order}"
+    name = f"{site.pattern} on {site.grid}{order}{', masked' if masked else ''}"
+    return derived_check("pattern", name, ours, plain, _exact(site, qkv, mask, scale, picked))
+
+
+def _every_second_extra_key(site: SitePlan) -> Tensor:
+    """A key-padding mask, bool [1, 1, 1, S]."""
+    position = torch.arange(site.tokens)
+    in_grid = (position >= site.prefix) & (position < site.prefix + site.grid.tokens)
+    return (in_grid | (position % 2 == 0)).reshape(1, 1, 1, -1)

@@ -88,6 +88,17 @@ def test_macs_are_counted_pair_by_pair(case: tuple[TokenGrid, WindowPattern, int
     assert joint_pairs(grid, extra, None) == tokens**2
 
 
+@given(joint_cases(), st.integers(0, 5))
+def test_queries_of_their_own_are_counted(case: tuple[TokenGrid, WindowPattern, int, int], queries: int) -> None:
+    """Grid queries as before; every query outside the grid sees every key."""
+    grid, pattern, prefix, suffix = case
+    keys = grid.tokens + prefix + suffix
+    grid_rows = joint_pairs(grid, prefix + suffix, pattern) - (prefix + suffix) * keys
+    at = site(0, grid, prefix=prefix, suffix=suffix, query_prefix=queries, query_suffix=1, head_dim=4, value_dim=5)
+    assert attention_macs(at, pattern) == (grid_rows + (queries + 1) * keys) * 9
+    assert attention_macs(at, None) == (grid.tokens + queries + 1) * keys * 9
+
+
 @given(st.tuples(*[st.integers(1, 9)] * 3), st.integers(0, 9))
 def test_one_window_costs_what_full_attention_costs(sizes: tuple[int, int, int], prefix: int) -> None:
     at = site(0, TokenGrid(*sizes), prefix=prefix)

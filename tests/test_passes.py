@@ -19,7 +19,8 @@ from torch.utils import _pytree as pytree
 import t3compile
 from t3compile.errors import ExportError, PlanError, RewriteError
 from t3compile.geometry import Splits, TokenGrid
-from t3compile.ops import WINDOW_ATTENTION
+from t3compile.inputs import named_inputs
+from t3compile.ops import WINDOW_ATTENTION, WindowAttentionArgs
 from t3compile.passes.broadcast_masks import BroadcastMasks
 from t3compile.passes.forward_copies import ForwardCopies
 from t3compile.passes.graph_pass import GraphPass, remove_unused
@@ -30,6 +31,8 @@ from t3compile.passes.rewrite_attention import RewriteAttention
 from t3compile.pattern import WindowPattern
 from t3compile.plan import Plan
 from t3compile.program import Program, trace
+from t3compile.sites import AttentionSite, ModelCounts, SiteSurvey
+from t3compile.verification import check_pattern, check_rewritten
 from tests.tiny_models import HandWrittenDiT, tiny_wan
 
 aten = torch.ops.aten
@@ -196,7 +199,86 @@ def test_rewrite_refuses_what_the_plan_was_not_made_for(program: Program, plan: 
         t3compile.rewrite(program, replace(plan, sites=(longer, *others)))
 
 
-def test_rewrite_refuses_a_planned_call_with_a_mask() -> None:
+class StreamAttention(nn.Module):
+    """Grid queries on [text, grid] keys under a key-padding mask that is expanded to all queries."""
+
+    def forward(self, x: Tensor, text: Tensor, mask: Tensor) -> Tensor:
+        video = x.flatten(2).transpose(1, 2).unsqueeze(1)
+        keys = torch.cat([text.unsqueeze(1), video], dim=2)
+        visible = mask[:, None, None, :].expand(-1, 1, video.shape[2], -1)
+        return scaled_dot_product_attention(video, keys, keys, attn_mask=visible)
+
+
+STREAM_SITE = AttentionSite(
+    "scaled_dot_product_attention", "", "", 0, TokenGrid(3, 4, 2), 3, 0, 2, 1, 4, 4, "float32", None, 0, 0, "wth", True
+)
+
+
+def stream_case() -> tuple[Program, Plan, tuple[Tensor, ...]]:
+    """A masked site with a query stream whose tokens run over width, frames, height."""
+    torch.manual_seed(0)
+    mask = torch.tensor([[True, False, True], [True, True, False]])
+    inputs = (torch.randn(2, 4, 2, 3, 4), torch.randn(2, 3, 4), torch.cat([mask, torch.ones(2, 24) > 0], dim=1))
+    program = trace(StreamAttention(), inputs)
+    survey = SiteSurvey(program.fingerprint(), (STREAM_SITE,), (), ModelCounts(0, 0, 0, 0, 0))
+    return program, t3compile.make_plan(survey, [(3, 2, 1)]), inputs
+
+
+def test_rewrite_carries_query_streams_orders_and_masks() -> None:
+    program, plan, inputs = stream_case()
+    rewritten = t3compile.rewrite(program, plan)
+    (node,) = (node for node in rewritten.graph.nodes if node.target is WINDOW_ATTENTION)
+    assert node.args[3:] == ([2, 3, 4], [1, 3, 2], "local+dilated", 3, 0, None, 0, 0)
+    assert tuple(node.kwargs["mask"].meta["val"].shape) == (2, 1, 1, 27)
+    assert count(rewritten, aten.expand) == 0
+    checks = check_rewritten(program, rewritten, plan, named_inputs(program))
+    assert [check.kind for check in checks] == ["site", "model"]
+    assert all(check.passed for check in checks)
+    # A grid read in another order is another function, and is seen.
+    wrong = replace(plan, sites=(replace(plan.sites[0], order="wht", grid=TokenGrid(4, 3, 2)),))
+    assert not all(check.passed for check in check_rewritten(program, rewritten, wrong, named_inputs(program)))
+    portable = t3compile.rewrite(program, plan, portable=True)
+    assert torch.equal(portable.module()(*inputs), rewritten.module()(*inputs))
+    identity = t3compile.rewrite(program, plan.with_pattern(WindowPattern(Splits(1, 1, 1))))
+    assert torch.equal(identity.module()(*inputs), program.module()(*inputs))
+
+
+@pytest.mark.parametrize("masked", [False, True])
+def test_patterns_of_query_streams_orders_and_masks_are_checked(masked: bool) -> None:
+    _, plan, _ = stream_case()
+    (site,) = plan.sites
+    check = check_pattern(site, masked=masked)
+    assert check.passed
+    assert check.name == "(3,2,1) on 3x4x2 in order wth" + ", masked" * masked
+
+
+def test_rewrite_refuses_another_number_of_queries() -> None:
+    program, plan, _ = stream_case()
+    longer = replace(plan, sites=(replace(plan.sites[0], query_suffix=3),))
+    with pytest.raises(PlanError, match="query_prefix 0 and query_suffix 3 make 27 queries, but the sequence has 24"):
+        t3compile.rewrite(program, longer)
+
+
+def test_mix_precision_keeps_masks_finite_in_half() -> None:
+    """float32's most negative number would be infinite in half."""
+    args = WindowAttentionArgs(TokenGrid(1, 2, 2), WindowPattern(Splits(1, 2, 1)), 2)
+
+    class Masked(nn.Module):
+        def forward(self, q: Tensor, mask: Tensor) -> Tensor:
+            out: Tensor = WINDOW_ATTENTION(q, q, q, *args.as_op_args(), mask=mask)
+            return out
+
+    torch.manual_seed(0)
+    mask = torch.full((1, 1, 6, 6), torch.finfo(torch.float32).min)
+    mask[:, :, 2:, 2:] = 0.0
+    inputs = (torch.randn(1, 2, 6, 4), mask)
+    half = MixPrecision("float16")(trace(Masked(), inputs)).program
+    (node,) = (node for node in half.graph.nodes if node.target is WINDOW_ATTENTION)
+    assert {x.meta["val"].dtype for x in node.all_input_nodes} == {torch.float16}
+    assert half.module()(*inputs).isfinite().all()
+
+
+def test_rewrite_refuses_a_planned_call_that_is_causal() -> None:
     class Causal(OneAttention):
         def forward(self, x: Tensor) -> Tensor:
             q = self.patchify(x).flatten(2).transpose(1, 2).unsqueeze(1)
@@ -205,7 +287,7 @@ def test_rewrite_refuses_a_planned_call_with_a_mask() -> None:
     x = torch.randn(1, 1, 2, 3, 4)
     plan = t3compile.make_plan(t3compile.detect(trace(OneAttention(), (x,))), [(1, 3, 2)])
     program = trace(Causal(), (x,))
-    with pytest.raises(PlanError, match="has a mask, is causal or uses dropout"):
+    with pytest.raises(PlanError, match="is causal or uses dropout"):
         t3compile.rewrite(program, replace(plan, fingerprint=program.fingerprint()))
 
 

@@ -142,7 +142,9 @@ def plans(draw: st.DrawFn) -> Plan:
         branches = draw(st.sampled_from([("local",), ("dilated",), ("local", "dilated")]))
         pattern = draw(st.sampled_from([None, WindowPattern(Splits(*counts), branches)]))
         extra = draw(st.tuples(st.integers(0, 512), st.integers(0, 9)))
-        sites.append(SitePlan(node, TokenGrid(*sizes), *extra, pattern, draw(st.text(max_size=9))))
+        queries = draw(st.sampled_from([extra, (0, 0), (3, 1)]))
+        order = draw(st.sampled_from(["thw", "hwt", "wth"]))
+        sites.append(SitePlan(node, TokenGrid(*sizes), *extra, pattern, draw(st.text(max_size=9)), *queries, order))
     return Plan(draw(st.text(max_size=9)), draw(st.text(max_size=9)), tuple(sites))
 
 
@@ -194,6 +196,10 @@ def edited(*path: Any, value: Any = None, delete: bool = False) -> dict[str, Any
         (edited("sites", 1, "reason", value=None), r"sites\[1\]: reason None must be a string"),
         (edited("sites", 0, "prefix", value="2"), r"sites\[0\]: prefix '2' must be a whole number"),
         (edited("sites", 0, "suffix", value=True), r"sites\[0\]: suffix True must be a whole number"),
+        (edited("sites", 0, "query_prefix", value=None), r"sites\[0\]: query_prefix None must be a whole number"),
+        (edited("sites", 0, "query_suffix", value=-2), "site 'sdpa': query_prefix 2 and query_suffix -2 must not be"),
+        (edited("sites", 0, "order", value="htt"), "site 'sdpa': order 'htt' must be t, h, w in some order"),
+        (edited("sites", 0, "order", value=3), "site 'sdpa': order 3 must be t, h, w in some order"),
         (edited("sites", 0, "prefix", value=-1), "site 'sdpa': prefix -1 and suffix 0 must not be negative"),
         (edited("sites", 0, "pattern", value=7), r"sites\[0\] \('sdpa'\): pattern 7: expected an object"),
         (
@@ -214,6 +220,25 @@ def test_malformed_plan_names_the_place(data: Any, message: str) -> None:
 
 def test_the_plan_that_the_malformed_ones_are_made_of_is_well_formed() -> None:
     assert Plan.from_json(VALID).to_json() == VALID
+
+
+def test_plans_from_before_query_streams_and_orders_still_load() -> None:
+    old = json.loads(json.dumps(VALID))
+    for entry in old["sites"]:
+        for key in ("query_prefix", "query_suffix", "order"):
+            del entry[key]
+    plan = Plan.from_json(old)
+    assert plan == Plan.from_json(VALID)
+    assert [(s.query_prefix, s.query_suffix, s.order) for s in plan.sites] == [(2, 0, "thw"), (0, 0, "thw")]
+
+
+def test_a_plan_takes_the_place_of_its_site() -> None:
+    found = site(0, SMALL, prefix=7, suffix=2, query_prefix=0, query_suffix=1, order="hwt", masked=True)
+    assert (found.tokens, found.query_tokens, found.extra_tokens, found.extra_queries) == (69, 61, 9, 1)
+    (planned,) = make_plan(survey_of(found), [(1, 1, 2)]).sites
+    assert (planned.grid, planned.prefix, planned.suffix) == (SMALL, 7, 2)
+    assert (planned.query_prefix, planned.query_suffix, planned.order) == (0, 1, "hwt")
+    assert (planned.tokens, planned.query_tokens) == (69, 61)
 
 
 def test_text_that_is_not_json() -> None:
@@ -237,6 +262,14 @@ def with_prefix(plan: Plan) -> Plan:
     return replace(plan, sites=(replace(plan.sites[0], prefix=4), *plan.sites[1:]))
 
 
+def reordered(plan: Plan) -> Plan:
+    return replace(plan, sites=(replace(plan.sites[0], order="hwt"), *plan.sites[1:]))
+
+
+def with_queries(plan: Plan) -> Plan:
+    return replace(plan, sites=(replace(plan.sites[0], query_suffix=3), *plan.sites[1:]))
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -244,6 +277,8 @@ def with_prefix(plan: Plan) -> Plan:
         (renamed, "names site 'other', which is not among the found ones: blocks_0, blocks_1"),
         (regridded, "'blocks_0': the plan has grid 3x5x4, prefix 0, suffix 0; the graph has grid 3x4x5, prefix 0"),
         (with_prefix, "'blocks_0': the plan has grid 3x4x5, prefix 4, suffix 0; the graph has grid 3x4x5, prefix 0"),
+        (reordered, "prefix 0, suffix 0, order hwt; the graph has grid 3x4x5, prefix 0, suffix 0, order thw"),
+        (with_queries, "prefix 0, suffix 0, query_suffix 3; the graph has grid .*, suffix 0, query_suffix 0"),
         (without_first, 'the plan lacks the sites blocks_0; list each, with "pattern": null'),
     ],
 )

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -62,6 +64,56 @@ def random_qkv(
     return q, k, v
 
 
+def stream_qkv(args: WindowAttentionArgs, **options: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """The same where queries and keys have different extra tokens."""
+    q, k, v = random_qkv(max(args.tokens, args.query_tokens), **options)
+    return q[:, :, : args.query_tokens], k[:, :, : args.tokens], v[:, :, : args.tokens]
+
+
+@dataclass(frozen=True)
+class MaskForm:
+    """Dtype of a mask and on which of its four axes it is full (else 1); None for axes that it lacks."""
+
+    dtype: torch.dtype
+    batch: bool | None = False
+    heads: bool | None = False
+    queries: bool | None = False
+    keys: bool = True
+
+
+MASKS = {
+    "bool-keys": MaskForm(torch.bool, batch=True),
+    "bool-shared": MaskForm(torch.bool),
+    "bool-flat": MaskForm(torch.bool, None, None, None),
+    "bool-rows": MaskForm(torch.bool, batch=True, queries=True),
+    "bool-queries": MaskForm(torch.bool, batch=True, queries=True, keys=False),
+    "float-rows": MaskForm(torch.float64, batch=True, queries=True),
+    "float-two-axes": MaskForm(torch.float64, None, None, queries=True),
+    "float-heads": MaskForm(torch.float64, batch=True, heads=True),
+    "float-heads-rows": MaskForm(torch.float64, heads=True, queries=True),
+}
+
+
+def masked_of(args: WindowAttentionArgs, form: MaskForm, *, batch: int = 2, heads: int = 2, seed: int = 0) -> Tensor:
+    """A random mask that hides nothing among grid tokens and has one row for all grid queries.
+
+    Every query sees some key; values are -inf or small, and float16 holds them exactly.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    is_full = (form.batch, form.heads, form.queries, form.keys)
+    whole = (batch, heads, args.query_tokens, args.tokens)
+    shape = [size if full else 1 for size, full in zip(whole, is_full, strict=True)]
+    mask = torch.randint(-8, 9, shape, generator=generator).double() / 8
+    mask = mask.masked_fill(torch.rand(shape, generator=generator) < 0.4, float("-inf"))
+    queries = slice(args.query_prefix, args.query_prefix + args.grid.tokens) if form.queries else slice(0, 1)
+    keys = slice(args.prefix, args.prefix + args.grid.tokens) if form.keys else slice(0, 1)
+    mask[:, :, queries] = mask[:, :, queries][:, :, :1].clone()
+    mask[:, :, queries, keys] = 0.0
+    mask[..., keys.start] = mask[..., keys.start].clamp(min=-1.0)
+    mask = mask.reshape(shape[sum(full is None for full in is_full) :])
+    return mask > float("-inf") if form.dtype == torch.bool else mask.to(form.dtype)
+
+
 def args_of(
     grid: Triple,
     splits: Triple,
@@ -69,12 +121,15 @@ def args_of(
     prefix: int = 0,
     suffix: int = 0,
     scale: float | None = None,
+    **queries: int,
 ) -> WindowAttentionArgs:
-    return WindowAttentionArgs(TokenGrid(*grid), WindowPattern(Splits(*splits), branches), prefix, suffix, scale)
+    pattern = WindowPattern(Splits(*splits), branches)
+    return WindowAttentionArgs(TokenGrid(*grid), pattern, prefix, suffix, scale, **queries)
 
 
 def reference(q: Tensor, k: Tensor, v: Tensor, args: WindowAttentionArgs, **options: Any) -> Tensor:
     options |= {"prefix": args.prefix, "suffix": args.suffix, "scale": args.scale}
+    options |= {"query_prefix": args.query_prefix, "query_suffix": args.query_suffix}
     return reference_window_attention(q, k, v, grid=args.grid, pattern=args.pattern, **options)
 
 
@@ -143,15 +198,135 @@ def cases(draw: st.DrawFn) -> WindowAttentionArgs:
     branches = draw(st.sampled_from([BRANCHES, BRANCHES, ("local",), ("dilated",)]))
     prefix, suffix = draw(st.integers(0, 3)), draw(st.integers(0, 3))
     scale = draw(st.sampled_from([None, 0.2, 1.0]))
-    return WindowAttentionArgs(TokenGrid(*sizes), WindowPattern(Splits(*counts), branches), prefix, suffix, scale)
+    pattern = WindowPattern(Splits(*counts), branches)
+    args = WindowAttentionArgs(TokenGrid(*sizes), pattern, prefix, suffix, scale)
+    if draw(st.booleans()):
+        return args
+    return replace(args, query_prefix=draw(st.integers(0, 3)), query_suffix=draw(st.integers(0, 3)))
 
 
 @given(cases(), st.integers(0, 2**16))
 @settings(max_examples=150, deadline=None)
 def test_any_pattern_on_any_grid_equals_dense_attention(args: WindowAttentionArgs, seed: int) -> None:
-    q, k, v = random_qkv(args.grid.tokens + args.extra_tokens, batch=2, depth=4, value_depth=3, seed=seed)
+    q, k, v = stream_qkv(args, batch=2, depth=4, value_depth=3, seed=seed)
     ours = WINDOW_ATTENTION(q, k, v, *args.as_op_args())
     assert largest(ours - reference(q, k, v, args)) <= float64_bound(q, k, v, args.scale)
+
+
+@given(cases(), st.sampled_from(sorted(MASKS)), st.integers(0, 2**16))
+@settings(max_examples=200, deadline=None)
+def test_any_mask_equals_dense_attention_under_it(args: WindowAttentionArgs, name: str, seed: int) -> None:
+    q, k, v = stream_qkv(args, batch=2, depth=4, value_depth=3, seed=seed)
+    mask = masked_of(args, MASKS[name], seed=seed)
+    ours = WINDOW_ATTENTION(q, k, v, *args.as_op_args(), mask=mask)
+    # The mask adds at most 1 to a score.
+    assert largest(ours - reference(q, k, v, args, mask=mask)) <= 2 * float64_bound(q, k, v, args.scale)
+    # In chunks of rows too: the mask is cut as the queries are.
+    chunked = reference(q, k, v, args, mask=mask, chunk=5)
+    assert largest(ours - chunked) <= 2 * float64_bound(q, k, v, args.scale)
+
+
+def test_masks_hide_what_they_say_and_nothing_else() -> None:
+    """So that the test above can fail: hidden keys do not matter, visible ones do."""
+    args = args_of((2, 3, 4), (1, 3, 2), prefix=2, suffix=3)
+    q, k, v = stream_qkv(args)
+    mask = torch.ones(1, 1, 1, args.tokens, dtype=torch.bool)
+    everything = WINDOW_ATTENTION(q, k, v, *args.as_op_args(), mask=mask)
+    assert largest(everything - WINDOW_ATTENTION(q, k, v, *args.as_op_args())) <= float64_bound(q, k, v, None)
+    mask[..., [0, -1]] = False
+    masked = WINDOW_ATTENTION(q, k, v, *args.as_op_args(), mask=mask)
+    assert float((masked - everything).abs().amin(dim=2).max()) > 1e-4
+    for key, matters in ((0, False), (1, True), (args.tokens - 1, False), (args.tokens - 2, True)):
+        changed = v.clone()
+        changed[..., key, :] += 1.0
+        again = WINDOW_ATTENTION(q, k, changed, *args.as_op_args(), mask=mask)
+        assert bool(((again != masked).any(dim=-1)).all()) is matters
+        assert torch.equal(again, masked) is not matters
+
+
+@pytest.mark.parametrize("dtype", [torch.bool, torch.float32])
+@pytest.mark.parametrize("splits", [(1, 3, 2), (1, 1, 1)])
+def test_a_query_that_sees_no_key_gets_what_sdpa_gives_and_disturbs_no_other(
+    dtype: torch.dtype, splits: Triple
+) -> None:
+    args = args_of((2, 3, 4), splits, prefix=2, suffix=1)
+    q, k, v = (x.float() for x in stream_qkv(args))
+    mask = torch.ones(1, 1, args.query_tokens, args.tokens, dtype=torch.bool)
+    mask[:, :, 2:-1, [0, -1]] = False
+    seeing = mask.clone()
+    mask[:, :, 1] = False
+
+    def run(visible: Tensor) -> Tensor:
+        given = visible if dtype == torch.bool else torch.zeros(visible.shape).masked_fill(~visible, float("-inf"))
+        out: Tensor = WINDOW_ATTENTION(q, k, v, *args.as_op_args(), mask=given)
+        full = scaled_dot_product_attention(q, k, v, attn_mask=given)
+        assert torch.equal(out[:, :, 1].isnan(), full[:, :, 1].isnan())
+        blind = reference(q, k, v, args, mask=given)[:, :, 1]
+        assert largest(out[:, :, 1] - full[:, :, 1]) <= 1e-6
+        assert largest(out[:, :, 1] - blind) <= 1e-6
+        return out
+
+    others = [i for i in range(args.query_tokens) if i != 1]
+    assert torch.equal(run(mask)[:, :, others], run(seeing)[:, :, others])
+
+
+def test_all_extra_keys_may_be_hidden() -> None:
+    args = args_of((2, 3, 4), (1, 3, 2), prefix=2, suffix=1, query_prefix=0, query_suffix=0)
+    q, k, v = stream_qkv(args)
+    mask = torch.zeros(1, 1, 1, args.tokens, dtype=torch.bool)
+    mask[..., 2:-1] = True
+    alone = WINDOW_ATTENTION(q, k[:, :, 2:-1], v[:, :, 2:-1], *args_of((2, 3, 4), (1, 3, 2)).as_op_args())
+    ours = WINDOW_ATTENTION(q, k, v, *args.as_op_args(), mask=mask)
+    assert largest(ours - alone) <= float64_bound(q, k, v, None)
+
+
+@pytest.mark.parametrize(
+    ("form", "leading"),
+    [("bool-shared", (2, 6 * 6)), ("bool-keys", (4, 3 * 6)), ("float-heads", (12, 6)), ("float-rows", (4, 3 * 6))],
+)
+def test_masks_are_broadcast_over_windows(form: str, leading: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
+    """No mask per window: [branches * batch elements with their own mask, 1, 1, keys]."""
+    seen: list[tuple[tuple[int, ...], tuple[int, ...]]] = []
+
+    def recorded(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
+        seen.append((tuple(q.shape), tuple(options["attn_mask"].shape)))
+        return scaled_dot_product_attention(q, k, v, **options)
+
+    monkeypatch.setattr(implementation, "scaled_dot_product_attention", recorded)
+    args = args_of((2, 6, 4), (1, 3, 2), suffix=5, query_suffix=0)
+    q, k, v = stream_qkv(args, batch=2, heads=3)
+    WINDOW_ATTENTION(q, k, v, *args.as_op_args(), mask=masked_of(args, MASKS[form], heads=3))
+    masks = leading[0] if form != "bool-shared" else 1
+    assert seen == [((*leading, 8, 8), (masks, 1, 1, 8 + 5))]
+
+
+@pytest.mark.parametrize("order", ["".join(letters) for letters in itertools.permutations("thw")])
+@given(cases(), st.integers(0, 2**16))
+@settings(max_examples=25, deadline=None)
+def test_tokens_in_any_order_equal_those_brought_to_frame_major(
+    order: str, args: WindowAttentionArgs, seed: int
+) -> None:
+    """The op on a grid in sequence order, and the reference's order, against tokens moved there and back."""
+    grid, pattern = args.grid, args.pattern
+    letters = dict(zip("thw", grid.sizes, strict=True))
+    in_sequence = replace(args, grid=grid.in_order(order), pattern=pattern.in_order(order))
+    q, k, v = stream_qkv(args, batch=1, depth=4, value_depth=3, seed=seed)
+    mask = masked_of(args, MASKS["float-rows"], batch=1, seed=seed)
+
+    def moved(x: Tensor, start: int, source: str, target: str) -> Tensor:
+        x = x.clone()
+        middle = x[:, :, start : start + grid.tokens].clone()
+        spaced = f"b n ({' '.join(source)}) d -> b n ({' '.join(target)}) d"
+        x[:, :, start : start + grid.tokens] = rearrange(middle, spaced, **letters)
+        return x
+
+    starts = (args.query_prefix, args.prefix, args.prefix)
+    frame_major = [moved(x, start, order, "thw") for x, start in zip((q, k, v), starts, strict=True)]
+    windowed = reference(*frame_major, args, mask=moved(mask.mT, args.prefix, order, "thw").mT)
+    expected = moved(windowed, args.query_prefix, "thw", order)
+    bound = 2 * float64_bound(q, k, v, args.scale)
+    assert largest(WINDOW_ATTENTION(q, k, v, *in_sequence.as_op_args(), mask=mask) - expected) <= bound
+    assert largest(reference(q, k, v, args, mask=mask, order=order) - expected) <= bound
 
 
 @given(cases())
@@ -159,16 +334,23 @@ def test_any_pattern_on_any_grid_equals_dense_attention(args: WindowAttentionArg
 def test_masks_are_the_windows_of_numpy(args: WindowAttentionArgs) -> None:
     """The dense truth itself: array_split for local windows, strides for dilated ones, the rest global."""
     tokens = np.arange(args.grid.tokens).reshape(args.grid.sizes)
-    total = args.grid.tokens + args.extra_tokens
+    queries, keys = args.query_tokens, args.tokens
     for branch in args.pattern.branches:
-        expected = np.zeros((total, total), dtype=bool)
+        expected = np.zeros((queries, keys), dtype=bool)
         for window in numpy_windows(tokens, args.pattern.splits.counts, branch):
-            members = window.ravel() + args.prefix
-            expected[np.ix_(members, members)] = True
-        extra = [*range(args.prefix), *range(total - args.suffix, total)]
-        expected[extra, :] = True
-        expected[:, extra] = True
-        mask = branch_mask(args.grid, args.pattern, branch, prefix=args.prefix, suffix=args.suffix)
+            members = window.ravel()
+            expected[np.ix_(members + args.query_prefix, members + args.prefix)] = True
+        expected[[*range(args.query_prefix), *range(queries - args.query_suffix, queries)], :] = True
+        expected[:, [*range(args.prefix), *range(keys - args.suffix, keys)]] = True
+        mask = branch_mask(
+            args.grid,
+            args.pattern,
+            branch,
+            prefix=args.prefix,
+            suffix=args.suffix,
+            query_prefix=args.query_prefix,
+            query_suffix=args.query_suffix,
+        )
         assert np.array_equal(mask.numpy(), expected)
 
 
@@ -256,6 +438,80 @@ def test_is_a_proper_operator(args: WindowAttentionArgs) -> None:
     qkv = [x.float().requires_grad_() for x in (q, k, v)]
     checks = torch.library.opcheck(WINDOW_ATTENTION, (*qkv, *args.as_op_args()))
     assert set(checks.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize(
+    ("form", "checks"),
+    [
+        ("bool-keys", ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")),
+        ("float-rows", ("test_schema", "test_autograd_registration", "test_faketensor")),
+    ],
+)
+def test_is_a_proper_operator_with_a_mask_and_query_streams(form: str, checks: tuple[str, ...]) -> None:
+    args = args_of((2, 2, 3), (2, 1, 1), prefix=2, suffix=1, scale=0.4, query_prefix=1, query_suffix=3)
+    qkv = [x.float().requires_grad_() for x in stream_qkv(args, depth=4, value_depth=3)]
+    mask = masked_of(args, MASKS[form], batch=1)
+    mask = mask.float() if mask.is_floating_point() else mask
+    given = (*qkv, *args.as_op_args())
+    results = torch.library.opcheck(WINDOW_ATTENTION, given, {"mask": mask}, test_utils=checks)
+    assert set(results.values()) == {"SUCCESS"}
+    by_position = WINDOW_ATTENTION(*given, mask)
+    assert torch.equal(by_position, WINDOW_ATTENTION(*given, mask=mask))
+
+
+def test_gradient_under_a_mask_is_that_of_the_reference() -> None:
+    args = args_of((2, 3, 4), (1, 2, 2), prefix=2, suffix=1, query_prefix=1, query_suffix=0)
+    for form in ("bool-keys", "float-rows"):
+        mask = masked_of(args, MASKS[form], batch=2)
+        qkv = [x.requires_grad_() for x in stream_qkv(args, batch=2)]
+        weights = torch.randn(2, 2, args.query_tokens, 8, generator=torch.Generator().manual_seed(1))
+        ours = (WINDOW_ATTENTION(*qkv, *args.as_op_args(), mask=mask) * weights).sum()
+        exact = (reference(*qkv, args, mask=mask) * weights).sum()
+        for a, b in zip(torch.autograd.grad(ours, qkv), torch.autograd.grad(exact, qkv), strict=True):
+            assert largest(a - b) <= 1e-12 * (1 + largest(b))
+
+
+def test_a_mask_that_wants_a_gradient_is_refused() -> None:
+    args = args_of((2, 3, 4), (1, 2, 2), prefix=2)
+    q, k, v = (x.requires_grad_() for x in stream_qkv(args))
+    mask = torch.zeros(1, 1, 1, args.tokens, dtype=torch.float64, requires_grad=True)
+    with pytest.raises(ValueError, match=r"a mask has no gradient here: pass mask\.detach\(\)"):
+        WINDOW_ATTENTION(q, k, v, *args.as_op_args(), mask=mask)
+
+
+@pytest.mark.parametrize("fake", [False, True], ids=["real", "fake"])
+@pytest.mark.parametrize(
+    ("shape", "dtype", "message"),
+    [
+        ((1, 1, 1, 26), torch.bool, r"mask of shape \(1, 1, 1, 26\) does not broadcast to \(1, 2, 24, 27\)"),
+        ((1, 1, 27, 27), torch.bool, r"does not broadcast to \(1, 2, 24, 27\)"),
+        ((3, 1, 1, 27), torch.bool, "does not broadcast"),
+        ((1, 1, 1, 1, 27), torch.bool, "does not broadcast"),
+        ((), torch.bool, "does not broadcast"),
+        ((1, 1, 1, 27), torch.int64, r"mask has dtype torch.int64, expected bool \(True: visible\) or a floating one"),
+    ],
+)
+def test_masks_that_fit_nothing_are_refused(
+    shape: tuple[int, ...], dtype: torch.dtype, message: str, fake: bool
+) -> None:
+    args = args_of((2, 3, 4), (1, 2, 2), prefix=3, query_prefix=0)
+    q, k, v = stream_qkv(args)
+    inputs = [q, k, v, torch.ones(shape, dtype=dtype)]
+    if fake:
+        mode = FakeTensorMode()
+        inputs = [mode.from_tensor(x) for x in inputs]
+    with pytest.raises(ValueError, match=message):
+        WINDOW_ATTENTION(*inputs[:3], *args.as_op_args(), mask=inputs[3])
+
+
+def test_wrong_number_of_queries_is_named() -> None:
+    args = args_of((2, 3, 4), (1, 3, 2), prefix=3, query_prefix=0, query_suffix=2)
+    x = torch.randn(1, 2, 27, 8)
+    message = r"q has shape .*27, 8\), expected \[B, N, 26, D\].*query_prefix 0, query_suffix 2"
+    with pytest.raises(ValueError, match=message):
+        WINDOW_ATTENTION(x, x, x, *args.as_op_args())
+    with pytest.raises(ValueError, match="query_prefix -1 and query_suffix 2 must not be negative"):
+        replace(args, query_prefix=-1)
 
 
 @pytest.mark.parametrize("args", [args_of((1, 3, 2), (1, 2, 2)), args_of((2, 1, 2), (2, 1, 1), prefix=1, scale=0.4)])
@@ -383,4 +639,9 @@ def test_no_tensor_has_more_than_eight_axes_and_nothing_is_gathered(args: Window
     assert seen.calls, "the mode saw nothing"
     assert seen.axes <= 8
     aten = torch.ops.aten
+    assert not seen.calls & {aten.index, aten.gather, aten.index_select, aten.scatter, aten.masked_fill, aten.where}
+    mask = masked_of(args, MASKS["float-heads-rows"]).float()
+    with _WidestTensor() as seen:
+        implementation.window_attention(q, k, v, args, mask)
+    assert seen.axes <= 8
     assert not seen.calls & {aten.index, aten.gather, aten.index_select, aten.scatter, aten.masked_fill, aten.where}

@@ -4,6 +4,7 @@ from t3compile.ops.window_attention import (
     WINDOW_ATTENTION,
     WindowAttention,
     WindowAttentionArgs,
+    WindowAttentionCall,
 )
 
-__all__ = ["WINDOW_ATTENTION", "WindowAttention", "WindowAttentionArgs"]
+__all__ = ["WINDOW_ATTENTION", "WindowAttention", "WindowAttentionArgs", "WindowAttentionCall"]

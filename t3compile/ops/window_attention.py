@@ -1,10 +1,15 @@
 """t3::window_attention: full attention cut into windows, local and dilated branch averaged.
 
-Contract: q, k, v [B, N, S, D] after normalisation and RoPE with global positions, S = prefix + T*H*W + suffix,
-grid tokens frame-major; any floating dtype. Returns [B, N, S, Dv], a view of a contiguous [B, S, N, Dv] as fused
-SDPA does. A grid query sees its window and all prefix/suffix keys; a prefix/suffix query sees everything.
-Differentiable; the backward pass recomputes.
-Source: arXiv 2512.13492; prefix/suffix tokens are an own extension.
+Contract: k, v [B, N, S, D] with S = prefix + T*H*W + suffix and q [B, N, Sq, D] with Sq = query_prefix + T*H*W +
+query_suffix (None: as many as the keys), after normalisation and RoPE with global positions; any floating dtype.
+``grid`` and ``splits`` stand in sequence order, outermost axis first: the op has no other notion of the three axes.
+Returns [B, N, Sq, Dv], a view of a contiguous [B, Sq, N, Dv] as fused SDPA does. A grid query sees its window and all
+prefix/suffix keys; a prefix/suffix query sees everything.
+``mask`` is that of the full attention, bool (True: visible) or additive, broadcastable to [B, N, Sq, S]. Among grid
+tokens it must hide nothing, and all grid queries must have the same row: the op reads one of them, so the caller has
+to prove it. A query outside the grid that sees no key gets what torch's SDPA gives, 0.
+Differentiable but for the mask; the backward pass recomputes.
+Source: arXiv 2512.13492; prefix/suffix tokens and masks over them are an own extension.
 """
 
 from __future__ import annotations
@@ -25,31 +30,57 @@ _NAME = "t3::window_attention"
 ONNX_NAME = "t3::WindowAttention"
 _SCHEMA = (
     "(Tensor q, Tensor k, Tensor v, int[] grid, int[] splits, str branches, "
-    "int prefix=0, int suffix=0, float? scale=None) -> Tensor"
+    "int prefix=0, int suffix=0, float? scale=None, "
+    "int? query_prefix=None, int? query_suffix=None, Tensor? mask=None) -> Tensor"
 )
 
 
 @dataclass(frozen=True)
 class WindowAttentionArgs:
-    """The op's arguments after q, k, v, as checked types."""
+    """The op's arguments that are no tensors, as checked types; grid and pattern in sequence order."""
 
     grid: TokenGrid
     pattern: WindowPattern
     prefix: int = 0
     suffix: int = 0
     scale: float | None = None
+    query_prefix: int = None  # type: ignore[assignment]  # not given: as many as the keys have
+    query_suffix: int = None  # type: ignore[assignment]
 
     def __post_init__(self) -> None:
+        if self.query_prefix is None:
+            object.__setattr__(self, "query_prefix", self.prefix)
+        if self.query_suffix is None:
+            object.__setattr__(self, "query_suffix", self.suffix)
         if self.prefix < 0 or self.suffix < 0:
             raise ValueError(f"{_NAME}: prefix {self.prefix} and suffix {self.suffix} must not be negative")
+        if self.query_prefix < 0 or self.query_suffix < 0:
+            raise ValueError(
+                f"{_NAME}: query_prefix {self.query_prefix} and query_suffix {self.query_suffix} must not be negative"
+            )
 
     @property
     def extra_tokens(self) -> int:
+        """Keys outside the grid."""
         return self.prefix + self.suffix
 
+    @property
+    def extra_queries(self) -> int:
+        """Queries outside the grid."""
+        return self.query_prefix + self.query_suffix
+
+    @property
+    def tokens(self) -> int:
+        """Keys."""
+        return self.grid.tokens + self.extra_tokens
+
+    @property
+    def query_tokens(self) -> int:
+        return self.grid.tokens + self.extra_queries
+
     def as_op_args(self) -> tuple[Any, ...]:
-        """Positional arguments of the op after q, k, v."""
-        return (
+        """Positional arguments of the op after q, k, v; the queries' own extra tokens only where they differ."""
+        shared = (
             list(self.grid.sizes),
             list(self.pattern.splits.counts),
             "+".join(self.pattern.branches),
@@ -57,17 +88,15 @@ class WindowAttentionArgs:
             self.suffix,
             self.scale,
         )
+        if (self.query_prefix, self.query_suffix) == (self.prefix, self.suffix):
+            return shared
+        return (*shared, self.query_prefix, self.query_suffix)
 
     def as_attributes(self) -> dict[str, Any]:
-        """The same as ONNX attributes; ``scale`` is absent when it is the default."""
-        names = ("grid", "splits", "branches", "prefix", "suffix", "scale")
-        named = dict(zip(names, self.as_op_args(), strict=True))
+        """The same as ONNX attributes; what is default is absent."""
+        names = ("grid", "splits", "branches", "prefix", "suffix", "scale", "query_prefix", "query_suffix")
+        named = dict(zip(names, self.as_op_args(), strict=False))
         return {name: value for name, value in named.items() if value is not None}
-
-    @classmethod
-    def of_call(cls, args: Any, kwargs: Any) -> WindowAttentionArgs:
-        """From all arguments of a call of the op, q, k and v included."""
-        return cls.from_op_args(*args[3:], **kwargs)
 
     @classmethod
     def from_op_args(
@@ -78,49 +107,84 @@ class WindowAttentionArgs:
         prefix: int = 0,
         suffix: int = 0,
         scale: float | None = None,
+        query_prefix: int | None = None,
+        query_suffix: int | None = None,
     ) -> WindowAttentionArgs:
         names = tuple(cast("list[Branch]", branches.split("+")))
         pattern = WindowPattern(Splits(*splits), names)
         token_grid = TokenGrid(*grid)
         pattern.check_fit(token_grid)
-        return cls(token_grid, pattern, prefix, suffix, scale)
+        query_prefix = prefix if query_prefix is None else query_prefix
+        query_suffix = suffix if query_suffix is None else query_suffix
+        return cls(token_grid, pattern, prefix, suffix, scale, query_prefix, query_suffix)
 
 
-def window_attention(q: Tensor, k: Tensor, v: Tensor, args: WindowAttentionArgs) -> Tensor:
+@dataclass(frozen=True)
+class WindowAttentionCall:
+    """All arguments of a call of the op: its tensors (graph nodes, where the call is one) and the rest."""
+
+    q: Any
+    k: Any
+    v: Any
+    mask: Any
+    args: WindowAttentionArgs
+
+    @property
+    def tensors(self) -> tuple[Any, ...]:
+        """q, k, v and, if there is one, the mask."""
+        return (self.q, self.k, self.v) if self.mask is None else (self.q, self.k, self.v, self.mask)
+
+    @classmethod
+    def read(cls, args: Any, kwargs: Any) -> WindowAttentionCall:
+        """From the positional and keyword arguments of a call."""
+        names = [argument.name for argument in WINDOW_ATTENTION._schema.arguments]
+        given = dict(zip(names, args, strict=False)) | dict(kwargs)
+        q, k, v, mask = (given.pop(name, None) for name in ("q", "k", "v", "mask"))
+        return cls(q, k, v, mask, WindowAttentionArgs.from_op_args(**given))
+
+
+def window_attention(q: Tensor, k: Tensor, v: Tensor, args: WindowAttentionArgs, mask: Tensor | None = None) -> Tensor:
     """The op in differentiable torch calls: tokens regrouped by window, one batched SDPA per window size.
 
-    q, k, v: [B, N, S, D]. Both branches run in one call, stacked along the batch.
+    q [B, N, Sq, D], k and v [B, N, S, D], mask broadcastable to [B, N, Sq, S]. Both branches run in one call,
+    stacked along the batch.
     """
+    if mask is not None:
+        mask = mask[(None,) * (4 - mask.dim())]
     if args.pattern.is_full():
-        full = scaled_dot_product_attention(q, k, v, scale=args.scale)
+        full = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=args.scale)
         return full.transpose(1, 2).contiguous().transpose(1, 2)
     grid, splits = args.grid, args.pattern.splits
     branches = args.pattern.computed_branches(grid)
+    starts = (args.query_prefix, args.prefix, args.prefix)
     folded = [x.flatten(0, 1) for x in (q, k, v)]  # [M, S, D] with M = B * N
-    grid_qkv = [x.narrow(1, args.prefix, grid.tokens).unflatten(1, grid.sizes) for x in folded]
-    extra_kv = [_extra_tokens(x, 1, args) for x in folded[1:]]
+    grid_qkv = [
+        x.narrow(1, start, grid.tokens).unflatten(1, grid.sizes) for x, start in zip(folded, starts, strict=True)
+    ]
+    extra_kv = [_around_grid(x, 1, args.prefix, args.suffix) for x in folded[1:]]
+    extra_mask = None if mask is None else _mask_of_grid_queries(mask, q.shape[:2], args)
     by_branch: list[list[Tensor]] = [[] for _ in branches]
     for box in boxes(grid, splits):
         q_w, k_w, v_w = (_stack_branches(x, grid, splits, branches, box) for x in grid_qkv)
         k_w, v_w = (_append_extra(x, extra, box, len(branches)) for x, extra in zip((k_w, v_w), extra_kv, strict=True))
-        out = scaled_dot_product_attention(q_w, k_w, v_w, scale=args.scale)
+        out = _attend_in_windows(q_w, k_w, v_w, extra_mask, args.scale)
         for results, piece in zip(by_branch, out.unbind(0), strict=True):
             results.append(piece.unflatten(1, box.sizes).unflatten(0, (-1, *box.parts)))
     merged = [ungroup(results, grid, splits, branch) for results, branch in zip(by_branch, branches, strict=True)]
     mean = merged[0] if len(merged) == 1 else (merged[0] + merged[1]) * 0.5
     by_token = mean.flatten(0, 2).unflatten(1, q.shape[:2]).transpose(0, 1)  # [B, G, N, Dv]
-    return _with_extra_queries(by_token, q, k, v, args).contiguous().transpose(1, 2)
+    return _with_extra_queries(by_token, q, k, v, mask, args).contiguous().transpose(1, 2)
 
 
 class WindowAttention(nn.Module):
-    """The torch implementation as a module of q, k, v, for tracing its body."""
+    """The torch implementation as a module of q, k, v and, where there is one, the mask, for tracing its body."""
 
     def __init__(self, args: WindowAttentionArgs) -> None:
         super().__init__()
         self.args = args
 
-    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return window_attention(q, k, v, self.args)
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        return window_attention(q, k, v, self.args, mask)
 
 
 def _stack_branches(x: Tensor, grid: TokenGrid, splits: Splits, branches: tuple[Branch, ...], box: Box) -> Tensor:
@@ -130,12 +194,11 @@ def _stack_branches(x: Tensor, grid: TokenGrid, splits: Splits, branches: tuple[
     return stacked.reshape(len(branches), -1, box.window_tokens, x.shape[-1])
 
 
-def _extra_tokens(x: Tensor, dim: int, args: WindowAttentionArgs) -> Tensor | None:
-    """Prefix and suffix tokens along ``dim``, or None where there are none."""
-    if args.extra_tokens == 0:
+def _around_grid(x: Tensor, dim: int, before: int, after: int) -> Tensor | None:
+    """The first and last tokens along ``dim``, or None where there are none outside the grid."""
+    if before + after == 0:
         return None
-    suffix_start = args.prefix + args.grid.tokens
-    return torch.cat([x.narrow(dim, 0, args.prefix), x.narrow(dim, suffix_start, args.suffix)], dim)
+    return torch.cat([x.narrow(dim, 0, before), x.narrow(dim, x.shape[dim] - after, after)], dim)
 
 
 def _append_extra(x: Tensor, extra: Tensor | None, box: Box, branches: int) -> Tensor:
@@ -148,56 +211,118 @@ def _append_extra(x: Tensor, extra: Tensor | None, box: Box, branches: int) -> T
     return torch.cat([x, spread.expand(branches, -1, -1, -1)], dim=2)
 
 
-def _with_extra_queries(grid_out: Tensor, q: Tensor, k: Tensor, v: Tensor, args: WindowAttentionArgs) -> Tensor:
-    """[B, G, N, Dv] -> [B, S, N, Dv]: prefix and suffix queries attend to all keys."""
-    extra_q = _extra_tokens(q, 2, args)
+def _mask_of_grid_queries(mask: Tensor, batch_and_heads: torch.Size, args: WindowAttentionArgs) -> Tensor | None:
+    """The row that all grid queries have, at the keys outside the grid, [1 or B or M, 1, 1, E]; None: all visible."""
+    if mask.shape[3] == 1:
+        return None  # the same at the keys of the grid, which are visible
+    row = mask if mask.shape[2] == 1 else mask.narrow(2, args.query_prefix, 1)
+    extra = _around_grid(row, 3, args.prefix, args.suffix)
+    if extra is None or extra.shape[1] == 1:
+        return extra
+    return extra.expand(*batch_and_heads, -1, -1).flatten(0, 1).unsqueeze(1)
+
+
+def _attend_in_windows(q: Tensor, k: Tensor, v: Tensor, extra_mask: Tensor | None, scale: float | None) -> Tensor:
+    """SDPA of [branches, M*windows, s, D]; the mask of the extra keys is shared by all windows of its batch element.
+
+    The batch elements with a mask of their own go to the first axis: so the mask broadcasts over windows.
+    """
+    if extra_mask is None:
+        return scaled_dot_product_attention(q, k, v, scale=scale)
+    masks, branches = extra_mask.shape[0], q.shape[0]
+    window = (masks, 1, 1, q.shape[2])
+    visible = extra_mask.new_ones(window) if extra_mask.dtype == torch.bool else extra_mask.new_zeros(window)
+    mask = torch.cat([visible, extra_mask], dim=3)
+    if masks == 1:
+        return scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    mask = torch.cat([mask] * branches, dim=0)
+    q, k, v = (x.reshape(branches * masks, -1, *x.shape[2:]) for x in (q, k, v))
+    out = scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
+    return out.reshape(branches, -1, *out.shape[2:])
+
+
+def _with_extra_queries(
+    grid_out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, args: WindowAttentionArgs
+) -> Tensor:
+    """[B, G, N, Dv] -> [B, Sq, N, Dv]: queries outside the grid attend to all keys that their mask shows."""
+    around = (args.query_prefix, args.query_suffix)
+    extra_q = _around_grid(q, 2, *around)
     if extra_q is None:
         return grid_out
-    out = scaled_dot_product_attention(extra_q, k, v, scale=args.scale).transpose(1, 2)
-    before, after = out.split([args.prefix, args.suffix], dim=1)
+    if mask is not None and mask.shape[2] != 1:
+        mask = _around_grid(mask, 2, *around)
+    out = scaled_dot_product_attention(extra_q, k, v, attn_mask=mask, scale=args.scale).transpose(1, 2)
+    before, after = out.split(around, dim=1)
     return torch.cat([before, grid_out, after], dim=1)
 
 
-def _check_shapes(q: Tensor, k: Tensor, v: Tensor, args: WindowAttentionArgs) -> None:
-    tokens = args.prefix + args.grid.tokens + args.suffix
-    for name, x in (("q", q), ("k", k), ("v", v)):
+def _check_shapes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, args: WindowAttentionArgs) -> None:
+    keys = f"prefix {args.prefix}, suffix {args.suffix}"
+    queries = f"query_prefix {args.query_prefix}, query_suffix {args.query_suffix}"
+    if args.as_op_args()[6:] == ():
+        queries = keys
+    expected = ((q, args.query_tokens, queries), (k, args.tokens, keys), (v, args.tokens, keys))
+    for name, (x, tokens, extra) in zip("qkv", expected, strict=True):
         if x.dim() != 4 or x.shape[2] != tokens:
             raise ValueError(
                 f"{_NAME}: {name} has shape {tuple(x.shape)}, expected [B, N, {tokens}, D] for grid "
-                f"{args.grid}, prefix {args.prefix}, suffix {args.suffix}"
+                f"{args.grid}, {extra}"
             )
-
     if not q.shape[:2] == k.shape[:2] == v.shape[:2]:
         heads = ", ".join(f"{name} {tuple(x.shape[:2])}" for name, x in (("q", q), ("k", k), ("v", v)))
         raise ValueError(f"{_NAME}: batch and heads must be the same, but are {heads}")
+    if mask is None:
+        return
+    if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
+        raise ValueError(f"{_NAME}: mask has dtype {mask.dtype}, expected bool (True: visible) or a floating one")
+    whole = (*q.shape[:2], args.query_tokens, args.tokens)
+    tail = whole[4 - mask.dim() :]
+    if not 1 <= mask.dim() <= 4 or any(size not in (1, full) for size, full in zip(mask.shape, tail, strict=True)):
+        raise ValueError(f"{_NAME}: mask of shape {tuple(mask.shape)} does not broadcast to {whole}")
 
 
-def _kernel(q: Tensor, k: Tensor, v: Tensor, *op_args: Any) -> Tensor:
-    args = WindowAttentionArgs.from_op_args(*op_args)
-    _check_shapes(q, k, v, args)
-    return window_attention(q, k, v, args)
+def _kernel(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    grid: list[int],
+    splits: list[int],
+    branches: str,
+    prefix: int = 0,
+    suffix: int = 0,
+    scale: float | None = None,
+    query_prefix: int | None = None,
+    query_suffix: int | None = None,
+    mask: Tensor | None = None,
+) -> Tensor:
+    args = WindowAttentionArgs.from_op_args(grid, splits, branches, prefix, suffix, scale, query_prefix, query_suffix)
+    _check_shapes(q, k, v, mask, args)
+    return window_attention(q, k, v, args, mask)
 
 
-def _fake(q: Tensor, k: Tensor, v: Tensor, *op_args: Any) -> Tensor:
-    args = WindowAttentionArgs.from_op_args(*op_args)
-    _check_shapes(q, k, v, args)
+def _fake(q: Tensor, k: Tensor, v: Tensor, *op_args: Any, **named: Any) -> Tensor:
+    call = WindowAttentionCall.read((q, k, v, *op_args), named)
+    _check_shapes(q, k, v, call.mask, call.args)
     batch, heads, tokens, _ = q.shape
     return q.new_empty((batch, tokens, heads, v.shape[-1])).transpose(1, 2)
 
 
 def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    q, k, v, *ctx.op_args = inputs
-    ctx.save_for_backward(q, k, v)
+    call = WindowAttentionCall.read(inputs, {})
+    if call.mask is not None and call.mask.requires_grad:
+        raise ValueError(f"{_NAME}: a mask has no gradient here: pass mask.detach()")
+    ctx.window_args, ctx.given = call.args, len(inputs)
+    ctx.save_for_backward(call.q, call.k, call.v, call.mask)
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    args = WindowAttentionArgs.from_op_args(*ctx.op_args)
+    *qkv, mask = ctx.saved_tensors
     with torch.enable_grad():
-        inputs = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+        inputs = [x.detach().requires_grad_() for x in qkv]
         q, k, v = inputs
-        out = window_attention(q, k, v, args)
+        out = window_attention(q, k, v, ctx.window_args, mask)
         grads = torch.autograd.grad(out, inputs, grad)
-    return (*grads, *(None for _ in ctx.op_args))
+    return (*grads, *(None for _ in range(ctx.given - 3)))
 
 
 torch.library.define(_NAME, _SCHEMA)
