@@ -14,8 +14,9 @@ if TYPE_CHECKING:
     from t3compile.pattern import Schedule, WindowPattern
     from t3compile.pipeline import detect, export_onnx, load_engine, rewrite, verify
     from t3compile.plan import Plan, make_plan
-    from t3compile.program import Program, trace
+    from t3compile.program import Program
     from t3compile.sites import SiteSurvey
+    from t3compile.tracing import trace
     from t3compile.verification import VerifyReport
 
 __version__ = "0.1.0"
@@ -39,7 +40,7 @@ _HOMES = {
     "make_plan": "plan",
     "plan_cost": "cost",
     "rewrite": "pipeline",
-    "trace": "program",
+    "trace": "tracing",
     "verify": "pipeline",
 }
 
