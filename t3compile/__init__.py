@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from t3compile.capturing import capture
     from t3compile.cost import plan_cost
     from t3compile.errors import T3CompileError
     from t3compile.geometry import Splits, TokenGrid
@@ -33,6 +34,7 @@ _HOMES = {
     "VerifyReport": "verification",
     "VideoSize": "inputs",
     "WindowPattern": "pattern",
+    "capture": "capturing",
     "detect": "pipeline",
     "export_onnx": "pipeline",
     "load_engine": "pipeline",
@@ -55,6 +57,7 @@ __all__ = [
     "VerifyReport",
     "VideoSize",
     "WindowPattern",
+    "capture",
     "detect",
     "export_onnx",
     "load_engine",

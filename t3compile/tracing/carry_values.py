@@ -7,7 +7,7 @@ Every call that forward makes is made twice: traced, and on real tensors. Where 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -26,6 +26,7 @@ _MASKS = (torch.bool, torch.uint8)
 _READERS = (Tensor.numpy, Tensor.tolist, Tensor.__array__, Tensor.__contains__, Tensor.data_ptr)
 _INDEXING = (Tensor.__getitem__, Tensor.__setitem__)
 _SELECTING = (torch.masked_select, Tensor.masked_select)
+_SELECTING_PLACES = (torch.index_select, Tensor.index_select)
 _REPEATING = (torch.repeat_interleave, Tensor.repeat_interleave)
 
 
@@ -68,6 +69,7 @@ class CarryValues(TorchFunctionMode):
 
     def __init__(self, largest: int | None = None) -> None:
         super().__init__()
+        self._constants = WeakIdKeyDictionary()
         self.frozen: dict[str, set[str]] = {}
         self._largest = largest
         self._values = WeakIdKeyDictionary()
@@ -91,7 +93,30 @@ class CarryValues(TorchFunctionMode):
         real, reads = self._compute(func, args, kwargs)
         if reads:
             return self._freeze(func, args, kwargs, real)
+        if self._is_constant(func, tensors, real):
+            return _mapped(self._constant, real)
+        if func in _SELECTING_PLACES and (selected := self._select_run(*_call_of_select(args, kwargs))) is not None:
+            return self._follow(func, selected, real, tensors)
         return self._follow(func, func(*args, **kwargs), real, tensors)
+
+    def _is_constant(self, func: Any, tensors: Sequence[Tensor], real: Any) -> bool:
+        """Whether a call makes a new tensor of constants of the trace only."""
+        if not tensors or func is Tensor.__setitem__ or not all(x in self._constants for x in tensors):
+            return False
+        name = getattr(func, "__name__", "")
+        return bool(_tensors(real)) and not (name.endswith("_") and not name.endswith("__"))
+
+    def _select_run(self, x: Tensor, dim: int, places: Tensor) -> Tensor | None:
+        """index_select by a run of constant places, as a slice or nothing; None where it is no run."""
+        if places not in self._constants or places.dim() != 1 or not places.numel():
+            return None
+        with untraced():
+            value = self._values[places]
+            first = int(value[0])
+            is_run = first >= 0 and torch.equal(value, torch.arange(first, first + value.numel()).to(value))
+        if not is_run:
+            return None
+        return x if (first, value.numel()) == (0, x.shape[dim]) else x.narrow(dim, first, value.numel())
 
     def _has_value(self, tensor: Tensor) -> bool:
         if tensor in self._values:
@@ -153,6 +178,8 @@ class CarryValues(TorchFunctionMode):
     def _freeze(self, func: Any, args: Any, kwargs: Any, real: Any) -> Any:
         """The result of a call that reads values, with as little of it constant as can be."""
         tensors = _tensors((args, kwargs))
+        if func is Tensor.__getitem__ and isinstance(args[1], Tensor) and args[1].dtype in _MASKS and args[1].dim():
+            return self._follow(func, self._select_masked(func, args[0], args[1]), real, tensors)
         if func in _INDEXING:
             index = self._constant_index(func, args[1])
             return self._follow(func, func(args[0], index, *args[2:], **kwargs), real, tensors)
@@ -160,9 +187,9 @@ class CarryValues(TorchFunctionMode):
             self._record(func, tensors)
             return real
         if func in _SELECTING:
-            x, mask = torch.broadcast_tensors(*tensors)
-            index = self._constant_index(func, mask)
-            return self._follow(func, x[index], real, tensors)
+            x, mask = tensors
+            whole = x.expand(torch.broadcast_shapes(x.shape, mask.shape))
+            return self._follow(func, self._select_masked(func, whole, mask, whole.shape), real, tensors)
         repeats = args[1] if len(args) > 1 else kwargs.get("repeats")
         if func in _REPEATING and isinstance(repeats, Tensor):
             return self._repeat(func, args[0], repeats, args[2] if len(args) > 2 else kwargs.get("dim"), real)
@@ -178,6 +205,17 @@ class CarryValues(TorchFunctionMode):
                 return self._follow(func, func(*fixed_args, **fixed_kwargs), real, tensors)
         self._record(func, tensors)
         return _mapped(self._constant, real)
+
+    def _select_masked(self, func: Any, x: Tensor, mask: Tensor, shape: torch.Size | None = None) -> Tensor:
+        """x's elements, over the mask's leading axes, where the mask is set; ``shape`` is the mask's, broadcast."""
+        shape = mask.shape if shape is None else shape
+        self._record(func, [mask])
+        with untraced():
+            places = self._values[mask].expand(shape).flatten().nonzero().flatten()
+        flat = x.flatten(0, len(shape) - 1) if len(shape) > 1 else x
+        constant = self._constant(places)
+        run = self._select_run(flat, 0, constant)
+        return flat.index_select(0, constant) if run is None else run
 
     def _repeat(self, func: Any, x: Tensor, repeats: Tensor, dim: int | None, real: Tensor) -> Any:
         self._record(func, [repeats])
@@ -214,6 +252,7 @@ class CarryValues(TorchFunctionMode):
         constant: Tensor = aten.lift_fresh_copy.default(kept)
         self._values[constant] = own
         self._sources[constant] = frozenset()
+        self._constants[constant] = True
         return constant
 
     def _record(self, func: Any, tensors: Sequence[Tensor]) -> None:
@@ -225,7 +264,12 @@ class CarryValues(TorchFunctionMode):
 @contextmanager
 def untraced() -> Iterator[None]:
     """Plain eager computing, whatever is being traced around it."""
-    with _disable_current_modes(), torch._C.DisableTorchFunction(), torch._C._DisablePythonDispatcher(), torch.no_grad():
+    with (
+        _disable_current_modes(),
+        torch._C.DisableTorchFunction(),
+        torch._C._DisablePythonDispatcher(),
+        torch.no_grad(),
+    ):
         yield
 
 
@@ -245,6 +289,11 @@ def _mapped(change: Callable[[Tensor], Any], value: Any) -> Any:
     return value
 
 
+def _call_of_select(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> tuple[Tensor, int, Tensor]:
+    given = dict(zip(("input", "dim", "index"), args, strict=False)) | dict(kwargs)
+    return given["input"], given["dim"], given["index"]
+
+
 def _leaves(value: Any) -> list[Any]:
     if isinstance(value, tuple | list):
         return [leaf for item in value for leaf in _leaves(item)]
@@ -260,7 +309,9 @@ def _tensors(value: Any) -> list[Tensor]:
 
 
 def _is_count(tensor: Tensor) -> bool:
-    return tensor.dim() == 0 and not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype != torch.bool
+    return (
+        tensor.dim() == 0 and not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype != torch.bool
+    )
 
 
 def _has_mask(index: Any) -> bool:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import io
 from collections.abc import Callable, Mapping
+from contextlib import redirect_stderr
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
+from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from t3compile.errors import TraceError, first_line
 from t3compile.program import Program, functionalized, quiet_torch
@@ -18,7 +21,6 @@ from t3compile.tracing.export_nonstrict import export_nonstrict
 from t3compile.tracing.export_strict import export_strict
 from t3compile.tracing.export_warmed import export_warmed
 from t3compile.tracing.export_with_values import export_with_values
-from t3compile.tracing.fold_constants import fold_constants
 from t3compile.tracing.preserve_module import preserved
 from t3compile.tracing.trace_with_values import trace_with_values
 from t3compile.tracing.traced_call import TracedCall, make_call
@@ -29,11 +31,14 @@ _Frozen = dict[str, set[str]]
 
 @dataclass(frozen=True)
 class Strategy:
-    """One way to a graph; ``needs_values`` where it runs forward on real tensors."""
+    """One way to a graph; ``needs_values`` where it runs forward on real tensors, ``helps_with_data`` where it may
+    get past values that forward reads.
+    """
 
     name: str
     run: Callable[[TracedCall], tuple[ExportedProgram, _Frozen]]
     needs_values: bool = False
+    helps_with_data: bool = True
 
 
 def _without_frozen(export: Callable[[TracedCall], ExportedProgram]) -> Callable[..., tuple[ExportedProgram, _Frozen]]:
@@ -43,14 +48,18 @@ def _without_frozen(export: Callable[[TracedCall], ExportedProgram]) -> Callable
 STRATEGIES: tuple[Strategy, ...] = (
     Strategy("torch.export, non-strict", _without_frozen(export_nonstrict)),  # keeps module paths, costs least
     Strategy("torch.export, non-strict, after one eager call", _without_frozen(export_warmed), needs_values=True),
-    Strategy("torch.export, strict", _without_frozen(export_strict)),  # slower; still a graph for any values
+    Strategy("torch.export, strict", _without_frozen(export_strict), helps_with_data=False),  # slower
     Strategy("torch.export, non-strict, with real values beside", export_with_values),  # freezes what is read
     Strategy("make_fx on real values", trace_with_values, needs_values=True),  # last: forward does not see an export
 )
 
 
 class _Refused(Exception):
-    """A strategy gave a graph that cannot be used."""
+    """A strategy gave no graph, or one that cannot be used."""
+
+
+class _DependsOnData(_Refused):
+    """The graph's shapes, or numbers in it, depend on values."""
 
 
 @dataclass
@@ -60,6 +69,7 @@ class _Attempts:
     call: TracedCall
     source: str
     failures: list[tuple[str, str]] = field(default_factory=list)
+    reads_data: bool = False
     _eager: list[Any] | None = None
 
     def eager(self) -> list[Any]:
@@ -89,17 +99,17 @@ def trace(
     return _trace_call(call, STRATEGIES, weights, source or type(module).__name__)
 
 
-def _trace_call(
-    call: TracedCall, strategies: tuple[Strategy, ...], weights: Weights | None, source: str
-) -> Program:
+def _trace_call(call: TracedCall, strategies: tuple[Strategy, ...], weights: Weights | None, source: str) -> Program:
     attempts = _Attempts(call, source)
     for strategy in strategies:
         try:
-            with quiet_torch(), torch.no_grad(), preserved(call.module):
+            # torch prints a whole graph where it stops at values that forward reads.
+            with quiet_torch(), redirect_stderr(io.StringIO()), torch.no_grad(), preserved(call.module):
                 exported, frozen, not_compared = _attempt(strategy, attempts)
         except Exception as error:
             text = str(error) if isinstance(error, _Refused) else f"{type(error).__name__}: {first_line(error)}"
             attempts.failures.append((strategy.name, text))
+            attempts.reads_data |= isinstance(error, GuardOnDataDependentSymNode | _DependsOnData)
             if len(attempts.failures) == 1:
                 _require_eager(attempts)
             continue
@@ -139,10 +149,10 @@ def _attempt(strategy: Strategy, attempts: _Attempts) -> tuple[ExportedProgram, 
     call = attempts.call
     if strategy.needs_values and not call.is_real:
         raise _Refused("it needs real weights, and these are not in memory")
+    if attempts.reads_data and not strategy.helps_with_data:
+        raise _Refused("it cannot get past values that forward reads either")
     exported, frozen = strategy.run(call)
     exported = functionalized(exported)
-    if frozen:
-        exported = fold_constants(exported)
     _require_static(exported.graph)
     if not call.is_real:
         return exported, frozen, "not compared with eager: the weights are not in memory"
@@ -160,9 +170,9 @@ def _require_static(graph: fx.Graph) -> None:
         value = node.meta.get("val")
         is_symbolic = isinstance(value, Tensor) and not all(isinstance(size, int) for size in value.shape)
         if is_symbolic or isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
-            raise _Refused(f"its graph has shapes or numbers that depend on data, first at '{node.name}'")
+            raise _DependsOnData(f"its graph has shapes or numbers that depend on data, first at '{node.name}'")
         if node.op == "call_function" and reads_values(node.target, node.args):
-            raise _Refused(f"its graph reads values at '{node.name}'")
+            raise _DependsOnData(f"its graph reads values at '{node.name}'")
 
 
 def _failure_notes(failures: list[tuple[str, str]]) -> tuple[str, ...]:

@@ -49,7 +49,9 @@ def trace_with_values(call: TracedCall) -> tuple[ExportedProgram, dict[str, set[
 class _TracedModule(nn.Module):
     """A traced graph under the original's parameter names and call signature."""
 
-    def __init__(self, original: nn.Module, traced: fx.GraphModule, places: list[int], out_spec: pytree.TreeSpec) -> None:
+    def __init__(
+        self, original: nn.Module, traced: fx.GraphModule, places: list[int], out_spec: pytree.TreeSpec
+    ) -> None:
         super().__init__()
         self._graph = traced.graph
         self._places = places
@@ -109,7 +111,10 @@ def _module_stacks(module: nn.Module) -> Iterator[None]:
 
     def write() -> None:
         fx_traceback.current_meta["nn_module_stack"] = {
-            f"L__self__{paths[child].replace('.', '_')}": (paths[child], f"{type(child).__module__}.{type(child).__qualname__}")
+            f"L__self__{paths[child].replace('.', '_')}": (
+                paths[child],
+                f"{type(child).__module__}.{type(child).__qualname__}",
+            )
             for child in stack
         }
 

@@ -119,8 +119,14 @@ def make_call(module: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any
     def rebuild_call(call: Any, copies: Mapping[str, object]) -> Any:
         plain_args, plain_kwargs = call
         return (
-            tuple(_rebuilt(x, opened_args[i][1] if i < len(opened_args) else None, copies) for i, x in enumerate(plain_args)),
-            {name: _rebuilt(x, opened_kwargs[name][1] if name in opened_kwargs else None, copies) for name, x in plain_kwargs.items()},
+            tuple(
+                _rebuilt(x, opened_args[i][1] if i < len(opened_args) else None, copies)
+                for i, x in enumerate(plain_args)
+            ),
+            {
+                name: _rebuilt(x, opened_kwargs[name][1] if name in opened_kwargs else None, copies)
+                for name, x in plain_kwargs.items()
+            },
         )
 
     return TracedCall(
