@@ -33,9 +33,7 @@ _REPEATING = (torch.repeat_interleave, Tensor.repeat_interleave)
 class _ValueReads(TorchDispatchMode):
     """Whether any call inside the block reads values."""
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.found = False
+    found = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.found = self.found or reads_values(func, args)

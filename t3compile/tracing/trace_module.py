@@ -54,11 +54,11 @@ STRATEGIES: tuple[Strategy, ...] = (
 )
 
 
-class _Refused(Exception):
+class _RefusedError(Exception):
     """A strategy gave no graph, or one that cannot be used."""
 
 
-class _DependsOnData(_Refused):
+class _DependsOnDataError(_RefusedError):
     """The graph's shapes, or numbers in it, depend on values."""
 
 
@@ -94,7 +94,7 @@ def trace(
     ``weights``): then no weight is ever needed. Arguments that are no nests of tensors and constants are closed
     over. Raises TraceError with every strategy's reason.
     """
-    # The leaves of an fx graph that stand for attention are replaced here, before any strategy sees the module.
+    # MERGE: replace_attention_leaves(module) goes here, for an fx.GraphModule, and its notes before call.notes.
     call = make_call(module, tuple(args), dict(kwargs or {}))
     return _trace_call(call, STRATEGIES, weights, source or type(module).__name__)
 
@@ -107,19 +107,16 @@ def _trace_call(call: TracedCall, strategies: tuple[Strategy, ...], weights: Wei
             with quiet_torch(), redirect_stderr(io.StringIO()), torch.no_grad(), preserved(call.module):
                 exported, frozen, not_compared = _attempt(strategy, attempts)
         except Exception as error:
-            text = str(error) if isinstance(error, _Refused) else f"{type(error).__name__}: {first_line(error)}"
+            text = str(error) if isinstance(error, _RefusedError) else f"{type(error).__name__}: {first_line(error)}"
             attempts.failures.append((strategy.name, text))
-            attempts.reads_data |= isinstance(error, GuardOnDataDependentSymNode | _DependsOnData)
+            attempts.reads_data |= isinstance(error, GuardOnDataDependentSymNode | _DependsOnDataError)
             if len(attempts.failures) == 1:
                 _require_eager(attempts)
             continue
         exported.example_inputs = (call.args, call.kwargs)
         kept = TensorWeights(dict(exported.state_dict)) if weights is None else weights
-        first = (strategy, *(other for other in strategies if other is not strategy))
-
-        def retrace(new_args: tuple[Any, ...], new_kwargs: dict[str, Any]) -> Program:
-            return _trace_call(call.with_inputs(new_args, new_kwargs), first, kept, source)
-
+        winner_first = (strategy, *(other for other in strategies if other is not strategy))
+        retrace = _retracing(call, winner_first, kept, source)
         traced_by = f"{strategy.name} ({not_compared})" if not_compared else strategy.name
         notes = (*call.notes, *_failure_notes(attempts.failures), *_frozen_notes(frozen))
         return Program(exported, kept, source, retrace, notes=notes, traced_by=traced_by)
@@ -128,6 +125,15 @@ def _trace_call(call: TracedCall, strategies: tuple[Strategy, ...], weights: Wei
         f"torch.export could not trace {source} by any strategy ({reasons}); change what forward does there, or export "
         "the model yourself with torch.export and give the .pt2"
     )
+
+
+def _retracing(
+    call: TracedCall, strategies: tuple[Strategy, ...], weights: Weights, source: str
+) -> Callable[[tuple[Any, ...], dict[str, Any]], Program]:
+    def retrace(new_args: tuple[Any, ...], new_kwargs: dict[str, Any]) -> Program:
+        return _trace_call(call.with_inputs(new_args, new_kwargs), strategies, weights, source)
+
+    return retrace
 
 
 def _require_eager(attempts: _Attempts) -> None:
@@ -148,9 +154,9 @@ def _attempt(strategy: Strategy, attempts: _Attempts) -> tuple[ExportedProgram, 
     """The functional graph, what is frozen in it, and why it was not compared with eager, if it was not."""
     call = attempts.call
     if strategy.needs_values and not call.is_real:
-        raise _Refused("it needs real weights, and these are not in memory")
+        raise _RefusedError("it needs real weights, and these are not in memory")
     if attempts.reads_data and not strategy.helps_with_data:
-        raise _Refused("it cannot get past values that forward reads either")
+        raise _RefusedError("it cannot get past values that forward reads either")
     exported, frozen = strategy.run(call)
     exported = functionalized(exported)
     _require_static(exported.graph)
@@ -161,7 +167,7 @@ def _attempt(strategy: Strategy, attempts: _Attempts) -> tuple[ExportedProgram, 
         return exported, frozen, f"not compared with eager: {macs / 1e12:,.2f} T MACs are too many to run here"
     text = difference(attempts.eager(), run_graph(exported, call))
     if text:
-        raise _Refused(f"its graph is not eager's function: {text}")
+        raise _RefusedError(f"its graph is not eager's function: {text}")
     return exported, frozen, ""
 
 
@@ -170,9 +176,9 @@ def _require_static(graph: fx.Graph) -> None:
         value = node.meta.get("val")
         is_symbolic = isinstance(value, Tensor) and not all(isinstance(size, int) for size in value.shape)
         if is_symbolic or isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool):
-            raise _DependsOnData(f"its graph has shapes or numbers that depend on data, first at '{node.name}'")
+            raise _DependsOnDataError(f"its graph has shapes or numbers that depend on data, first at '{node.name}'")
         if node.op == "call_function" and reads_values(node.target, node.args):
-            raise _DependsOnData(f"its graph reads values at '{node.name}'")
+            raise _DependsOnDataError(f"its graph reads values at '{node.name}'")
 
 
 def _failure_notes(failures: list[tuple[str, str]]) -> tuple[str, ...]:
