@@ -33,7 +33,9 @@ _REPEATING = (torch.repeat_interleave, Tensor.repeat_interleave)
 class _ValueReads(TorchDispatchMode):
     """Whether any call inside the block reads values."""
 
-    found = False
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.found = False
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         self.found = self.found or reads_values(func, args)
