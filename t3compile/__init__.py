@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from t3compile.capturing import capture
     from t3compile.cost import plan_cost
     from t3compile.errors import T3CompileError
     from t3compile.geometry import Splits, TokenGrid
@@ -14,8 +15,9 @@ if TYPE_CHECKING:
     from t3compile.pattern import Schedule, WindowPattern
     from t3compile.pipeline import detect, export_onnx, load_engine, rewrite, verify
     from t3compile.plan import Plan, make_plan
-    from t3compile.program import Program, trace
+    from t3compile.program import Program
     from t3compile.sites import SiteSurvey
+    from t3compile.tracing import trace
     from t3compile.verification import VerifyReport
 
 __version__ = "0.1.0"
@@ -32,6 +34,7 @@ _HOMES = {
     "VerifyReport": "verification",
     "VideoSize": "inputs",
     "WindowPattern": "pattern",
+    "capture": "capturing",
     "detect": "pipeline",
     "export_onnx": "pipeline",
     "load_engine": "pipeline",
@@ -39,7 +42,7 @@ _HOMES = {
     "make_plan": "plan",
     "plan_cost": "cost",
     "rewrite": "pipeline",
-    "trace": "program",
+    "trace": "tracing",
     "verify": "pipeline",
 }
 
@@ -54,6 +57,7 @@ __all__ = [
     "VerifyReport",
     "VideoSize",
     "WindowPattern",
+    "capture",
     "detect",
     "export_onnx",
     "load_engine",

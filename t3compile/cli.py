@@ -128,6 +128,8 @@ def _load(options: dict[str, Any]) -> Program:
     with progress() as step:
         step(f"loading and tracing {model}")
         program = load_program(model, weights=weights or None, size=size, **chosen)
+    if program.traced_by:
+        say(f"traced by {program.traced_by}")
     for note in program.notes:
         say(f"note: {note}")
     return program
@@ -204,10 +206,13 @@ def inspect(grid: str | None, schedule: str, min_tokens: int | None, as_json: bo
     from t3compile.cost import plan_cost
     from t3compile.report import show_cost, show_json, show_plan, show_survey
 
-    survey, plan = _survey_and_plan(_load(options), grid, schedule, min_tokens, None)
+    program = _load(options)
+    survey, plan = _survey_and_plan(program, grid, schedule, min_tokens, None)
     costs = plan_cost(survey, plan)
     if as_json:
-        show_json({"survey": survey.to_json(), "plan": plan.to_json(), "cost": costs.to_json()})
+        traced = {"by": program.traced_by, "notes": list(program.notes)}
+        parts = {"survey": survey.to_json(), "plan": plan.to_json(), "cost": costs.to_json()}
+        show_json({"traced": traced, **parts})
     else:
         show_survey(survey)
         show_plan(survey, plan)

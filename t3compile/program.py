@@ -36,7 +36,8 @@ class Program:
 
     ``exported.state_dict`` may hold fake tensors: values come from ``weights``. ``retrace`` makes the same
     model's program for other inputs, where the module is at hand. ``plan`` is set on a rewritten program.
-    ``notes`` are what the user should know about how it was loaded, one sentence each.
+    ``traced_by`` names the tracing strategy; ``notes`` are what the user should know about how it was traced and
+    loaded, one sentence each.
     """
 
     exported: ExportedProgram
@@ -45,6 +46,7 @@ class Program:
     retrace: Callable[[tuple[Any, ...], dict[str, Any]], Program] | None = None
     plan: Plan | None = None
     notes: tuple[str, ...] = ()
+    traced_by: str = ""
 
     @property
     def graph(self) -> fx.Graph:
@@ -94,7 +96,7 @@ class Program:
         """Write a torch.export ``.pt2`` (with the plan inside, if rewritten), beside first, then renamed."""
         path = Path(path)
         extra = {} if self.plan is None else {PLAN_ENTRY: self.plan.dumps()}
-        with staged_outputs(path, needed_bytes=self.weight_bytes) as stage, _torch_quiet():
+        with staged_outputs(path, needed_bytes=self.weight_bytes) as stage, quiet_torch():
             # torch.export.save insists on the suffix; the staged name must be the final one.
             target = stage / f"{path.name}.pt2"
             torch.export.save(self.with_weights(), target, extra_files=extra)
@@ -114,7 +116,7 @@ def copy_exported(
     root = exported.graph_module if graph_module is None else graph_module
     signature = copy.deepcopy(exported.graph_signature) if signature is None else signature
     _name_outputs(signature, root.graph)
-    with _torch_quiet():
+    with quiet_torch():
         call_graph = copy.deepcopy(exported.module_call_graph)
     return ExportedProgram(
         root=root,
@@ -162,16 +164,16 @@ def trace(
     weights: Weights | None = None,
     source: str = "",
 ) -> Program:
-    """Export an nn.Module or fx.GraphModule to a Program with static shapes.
+    """Export a module to a Program by non-strict torch.export alone, computing nothing.
 
-    The module's parameters may be fake tensors (see ``weights``); nothing is computed. Raises TraceError with
-    torch.export's own reason.
+    For graphs of the compiler's own making; models go through ``t3compile.trace``, which tries more and compares.
+    Raises TraceError with torch.export's own reason.
     """
     named = dict(kwargs or {})
     source = source or type(module).__name__
-    fake_args, fake_kwargs = _as_traceable(module, *_distinct(args, named))
+    fake_args, fake_kwargs = distinct_fake_inputs(module, args, named)
     try:
-        with _torch_quiet(), torch.no_grad():
+        with quiet_torch(), torch.no_grad():
             exported = torch.export.export(module, fake_args, fake_kwargs, strict=False)
             exported = functionalized(exported)
     except Exception as error:
@@ -189,8 +191,11 @@ def trace(
     return Program(exported, weights, source, retrace)
 
 
-def _distinct(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Every input a tensor of its own: torch.export reads one that is given twice from one placeholder only."""
+def distinct_fake_inputs(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Inputs:
+    """Every input a tensor of its own, and in the fake mode of the module's parameters if these are fake.
+
+    torch.export reads a tensor that is given twice from one placeholder only.
+    """
     seen: set[int] = set()
 
     def own(x: Tensor) -> Tensor:
@@ -198,26 +203,24 @@ def _distinct(args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any,
         seen.add(id(x))
         return x.clone() if repeated else x
 
-    distinct_args, distinct_kwargs = pytree.tree_map_only(Tensor, own, (args, kwargs))
-    return distinct_args, distinct_kwargs
-
-
-def _as_traceable(
-    module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
-    """Inputs in the fake mode of the module's parameters, if these are fake."""
-    fakes = [p for p in module.parameters() if isinstance(p, FakeTensor) or isinstance(p.data, FakeTensor)]
+    args, kwargs = pytree.tree_map_only(Tensor, own, (args, kwargs))
+    fakes = [parameter for parameter in module.parameters() if is_fake(parameter)]
     if not fakes:
         return args, kwargs
     mode = detect_fake_mode(fakes)
     assert mode is not None
-    fake_args, fake_kwargs = pytree.tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
-    return fake_args, fake_kwargs
+    args, kwargs = pytree.tree_map_only(Tensor, mode.from_tensor, (args, kwargs))
+    return args, kwargs
+
+
+def is_fake(tensor: Tensor) -> bool:
+    """Whether a tensor, or a parameter's data, has a shape and no values."""
+    return isinstance(tensor, FakeTensor) or isinstance(tensor.data, FakeTensor)
 
 
 def functionalized(exported: ExportedProgram) -> ExportedProgram:
     """The form every Program has: no in-place calls, no metadata assertions, composite calls kept whole."""
-    with _torch_quiet(), torch.no_grad():
+    with quiet_torch(), torch.no_grad():
         functional: ExportedProgram = exported.run_decompositions({})
     _drop_metadata_assertions(functional.graph_module)
     return functional
@@ -232,14 +235,15 @@ def _drop_metadata_assertions(graph_module: fx.GraphModule) -> None:
 
 
 @contextmanager
-def _torch_quiet() -> Iterator[None]:
-    # torch logs a traceback of its own before it raises; the error says the same.
+def quiet_torch() -> Iterator[None]:
+    """Errors of torch carry their message; its logged tracebacks and warnings are kept from the terminal."""
     disabled = logging.root.manager.disable
     logging.disable(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             warnings.simplefilter("ignore", DeprecationWarning)
+            warnings.filterwarnings("ignore", message="The tensor attribute")
             yield
     finally:
         logging.disable(disabled)

@@ -484,7 +484,7 @@ def number():
 def untraceable():
     class Untraceable(nn.Module):
         def forward(self, x):
-            return x if x.sum().item() > 0 else -x
+            return x * __import__("random").random()
     return Untraceable(), (x,)
 value = 5
 """

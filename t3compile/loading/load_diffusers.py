@@ -21,7 +21,8 @@ from t3compile.errors import InputsError, MissingExtraError, ModelFileError, Wei
 from t3compile.inputs import VideoSize, call_inputs, diffusers_inputs
 from t3compile.loading.find_weights import find_weight_files, map_weight_files
 from t3compile.loading.recognize import read_config
-from t3compile.program import Program, default_dtype, trace
+from t3compile.program import Program, default_dtype
+from t3compile.tracing import trace
 from t3compile.weights import (
     NoWeights,
     OverlaidWeights,
@@ -68,7 +69,7 @@ def load_diffusers(
         kwargs, notes = diffusers_inputs(module, complete, size, _vae_config(folder))
     source = _weights_for(module, cls, folder, given, bool(files), seed if random_weights else None)
     program = trace(module, args, kwargs, weights=source, source=str(folder))
-    return replace(program, notes=(*_folder_notes(folder), *notes))
+    return replace(program, notes=(*_folder_notes(folder), *notes, *program.notes))
 
 
 def _check_options(

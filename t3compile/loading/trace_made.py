@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from t3compile.errors import ModelFileError
 from t3compile.inputs import call_inputs
-from t3compile.program import Program, trace
+from t3compile.program import Program
+from t3compile.tracing import trace
 
 _ACCEPTED = "an nn.Module, (module, args[, kwargs]), or a dict with module, args and kwargs"
 
