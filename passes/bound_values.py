@@ -730,20 +730,19 @@ def _interleaved(analysis: ValueBounds, node: fx.Node) -> Value:
 
 def _cat(analysis: ValueBounds, node: fx.Node) -> Value:
     result = node.meta["val"]
-    parts = [
-        analysis.cast(analysis.value(x), x.meta["val"].dtype, result.dtype)
-        for x in node.args[0]  # type: ignore[union-attr]
-        if len(x.meta["val"].shape) == result.dim()  # type: ignore[union-attr]
-    ]
-    return concatenate(parts, _arguments(node)["dim"] % result.dim())
+    given = _arguments(node)
+    tensors = [x for x in given["tensors"] if x.meta["val"].dim() == result.dim()]
+    parts = [analysis.cast(analysis.value(x), x.meta["val"].dtype, result.dtype) for x in tensors]
+    return concatenate(parts, given["dim"] % result.dim())
 
 
 def _stacked(analysis: ValueBounds, node: fx.Node) -> Value:
     result = node.meta["val"]
-    dim = _arguments(node)["dim"] % result.dim()
+    given = _arguments(node)
+    dim = given["dim"] % result.dim()
     parts: list[Numbers] = []
-    for x in node.args[0]:  # type: ignore[union-attr]
-        numbers = analysis.cast(analysis.value(x), x.meta["val"].dtype, result.dtype)  # type: ignore[union-attr]
+    for x in given["tensors"]:
+        numbers = analysis.cast(analysis.value(x), x.meta["val"].dtype, result.dtype)
         reshaped = numbers.reshape((*numbers.shape[:dim], 1, *numbers.shape[dim:]))
         if reshaped is None:
             return None
