@@ -11,6 +11,7 @@ from torch import Tensor, fx
 from t3compile.errors import GridError
 from t3compile.geometry import GridHint, TokenGrid
 from t3compile.passes.count_model import count_model
+from t3compile.passes.judge_masks import GridMasks
 from t3compile.passes.layout import Axis, segment_size
 from t3compile.passes.place_in_stacks import module_path, place_in_stacks
 from t3compile.passes.read_grid import (
@@ -76,7 +77,7 @@ class _Tokens:
     query_prefix: int
     query_suffix: int
     axes: tuple[GridAxis, ...] = ()
-    assumption: str = ""
+    assumptions: tuple[str, ...] = ()
     masked: bool = False
 
 
@@ -92,7 +93,8 @@ def find_attention(program: Program, grid: TokenGrid | GridHint | None = None) -
     values = ValueReader(program)
     tracker = LayoutTracker(graph, user_input_names(program.exported), values.read)
     reader = GridReader(tracker, values, [node for node in graph.nodes if is_tensor_input(node)])
-    verdicts = [_judge(call, reader, hint) for call in calls]
+    masks = GridMasks(program, values)
+    verdicts = [_judge(call, reader, masks, hint) for call in calls]
     unfitting = NOT_A_CANDIDATE | {"grid-mismatch"}
     if hint is not None and calls and all(isinstance(v, Refusal) and v.reason in unfitting for v in verdicts):
         raise GridError(_no_such_sequence(hint, calls))
@@ -105,7 +107,7 @@ def find_attention(program: Program, grid: TokenGrid | GridHint | None = None) -
     for call, verdict in zip(calls, verdicts, strict=True):
         if isinstance(verdict, _Tokens):
             found.append(_site(call, verdict, *places[call.node]))
-            assumptions.update({verdict.assumption: None} if verdict.assumption else {})
+            assumptions.update(dict.fromkeys(verdict.assumptions))
         else:
             declined.append(_declined(call, verdict))
     if found and tracker.index_inputs:
@@ -138,7 +140,7 @@ def _refuse_dynamic_shapes(graph: fx.Graph) -> None:
             )
 
 
-def _judge(call: AttentionCall, reader: GridReader, hint: GridHint | None) -> _Tokens | Refusal:
+def _judge(call: AttentionCall, reader: GridReader, masks: GridMasks, hint: GridHint | None) -> _Tokens | Refusal:
     q, k, v = (call.shape(x) for x in (call.q, call.k, call.v))
     if len(q) != 4 or len(k) != 4:
         return Refusal("unknown-layout", f"queries have {len(q)} axes; expected [B, N, S, D]")
@@ -153,11 +155,25 @@ def _judge(call: AttentionCall, reader: GridReader, hint: GridHint | None) -> _T
         return Refusal("causal", "is_causal is set")
     if isinstance(tokens, Refusal):
         return tokens
-    if call.mask is not None:
-        return Refusal("masked", f"the mask '{call.mask.name}' may hide grid keys")
     if call.dropout:
         return Refusal("dropout", f"dropout {call.dropout}: trace the model in eval mode")
-    return tokens
+    return tokens if call.mask is None else _under_mask(call, call.mask, tokens, masks)
+
+
+def _under_mask(call: AttentionCall, mask: fx.Node, tokens: _Tokens, masks: GridMasks) -> _Tokens | Refusal:
+    """The tokens, with what is assumed of a mask that leaves the grid visible."""
+    reading = masks.read(
+        mask,
+        (*call.shape(call.q)[:3], call.shape(call.k)[2]),
+        query_prefix=tokens.query_prefix,
+        query_suffix=tokens.query_suffix,
+        prefix=tokens.prefix,
+        suffix=tokens.suffix,
+        grid_tokens=tokens.grid.tokens,
+    )
+    if isinstance(reading, Refusal):
+        return reading
+    return replace(tokens, masked=True, assumptions=(*tokens.assumptions, *reading))
 
 
 def _read_tokens(call: AttentionCall, reader: GridReader, hint: GridHint | None) -> _Tokens | Refusal:
@@ -187,7 +203,7 @@ def _read_tokens(call: AttentionCall, reader: GridReader, hint: GridHint | None)
     refined = chosen if hint is None else refine_grid(chosen, hint)
     if isinstance(refined, Refusal):
         return refined
-    return _around(call, refined.grid, refined.order, chosen.start, start, refined.axes, refined.assumption)
+    return _around(call, refined.grid, refined.order, chosen.start, start, refined.axes, refined.assumptions)
 
 
 def _input_of(stretch: Stretch) -> str | None:
@@ -201,7 +217,7 @@ def _around(
     key_start: int,
     query_start: int,
     axes: tuple[GridAxis, ...] = (),
-    assumption: str = "",
+    assumptions: tuple[str, ...] = (),
 ) -> _Tokens:
     keys, queries = call.shape(call.k)[-2], call.shape(call.q)[-2]
     return _Tokens(
@@ -212,7 +228,7 @@ def _around(
         query_start,
         queries - query_start - grid.tokens,
         axes,
-        assumption,
+        assumptions,
     )
 
 

@@ -37,7 +37,7 @@ class Stretch:
     grid: TokenGrid
     order: str
     axes: tuple[GridAxis, ...]
-    assumption: str = ""
+    assumptions: tuple[str, ...] = ()
 
 
 def describe_tokens(axis: Axis) -> str:
@@ -114,7 +114,7 @@ class GridReader:
             "the rewritten model is right for these positions only"
         )
         (tokens,) = (Axis((segment,)).slice(place.start, place.start + grid.tokens) or Axis((segment,))).segments
-        return Stretch(start + place.start, tokens, grid, "thw", (), assumption if inputs else "")
+        return Stretch(start + place.start, tokens, grid, "thw", (), (assumption,) if inputs else ())
 
     def _raster(self, origin: Origin) -> tuple[Raster, frozenset[str]] | Refusal | None:
         found: dict[Raster, frozenset[str]] = {}

@@ -6,8 +6,8 @@ query_suffix (None: as many as the keys), after normalisation and RoPE with glob
 Returns [B, N, Sq, Dv], a view of a contiguous [B, Sq, N, Dv] as fused SDPA does. A grid query sees its window and all
 prefix/suffix keys; a prefix/suffix query sees everything.
 ``mask`` is that of the full attention, bool (True: visible) or additive, broadcastable to [B, N, Sq, S]. Among grid
-tokens it must hide nothing, and all grid queries must have the same row: the op reads one of them, so the caller has
-to prove it. A query outside the grid that sees no key gets what torch's SDPA gives, 0.
+tokens it must hide nothing (add one number everywhere), and all grid queries must have the same row: the op reads one
+of them, so the caller has to prove it. A query outside the grid that sees no key gets what torch's SDPA gives, 0.
 Differentiable but for the mask; the backward pass recomputes.
 Source: arXiv 2512.13492; prefix/suffix tokens and masks over them are an own extension.
 """
@@ -217,6 +217,9 @@ def _mask_of_grid_queries(mask: Tensor, batch_and_heads: torch.Size, args: Windo
         return None  # the same at the keys of the grid, which are visible
     row = mask if mask.shape[2] == 1 else mask.narrow(2, args.query_prefix, 1)
     extra = _around_grid(row, 3, args.prefix, args.suffix)
+    if extra is not None and extra.dtype != torch.bool:
+        # What is added at every key of the grid alike counts for nothing; the others are weighted against it.
+        extra = extra - row.narrow(3, args.prefix, 1)
     if extra is None or extra.shape[1] == 1:
         return extra
     return extra.expand(*batch_and_heads, -1, -1).flatten(0, 1).unsqueeze(1)
