@@ -60,6 +60,10 @@ def _dtype(value: Any) -> torch.dtype | None:
     return value.dtype if isinstance(value, Tensor) else None
 
 
+class ReadsActivationsError(Exception):
+    """Forward reads what its layers compute: a graph of it is right for one input only."""
+
+
 class CarryValues(TorchFunctionMode):
     """Carries a real tensor, and the names of the inputs it came from, beside every traced one.
 
@@ -71,6 +75,7 @@ class CarryValues(TorchFunctionMode):
         super().__init__()
         self._constants = WeakIdKeyDictionary()
         self.frozen: dict[str, set[str]] = {}
+        self._activation_readers: set[str] = set()
         self._largest = largest
         self._values = WeakIdKeyDictionary()
         self._sources = WeakIdKeyDictionary()
@@ -256,9 +261,21 @@ class CarryValues(TorchFunctionMode):
         return constant
 
     def _record(self, func: Any, tensors: Sequence[Tensor]) -> None:
+        reader = getattr(func, "__name__", str(func))
         for tensor in tensors:
-            for name in self._sources.get(tensor, frozenset()):
-                self.frozen.setdefault(name, set()).add(getattr(func, "__name__", str(func)))
+            sources = self._sources.get(tensor, frozenset())
+            for name in sources:
+                self.frozen.setdefault(name, set()).add(reader)
+            if {name.partition(" ")[0] for name in sources} >= {"input", "weight"}:
+                self._activation_readers.add(reader)
+
+    def refuse_activations(self) -> None:
+        """Raise where a value was read that depends on inputs through weights, as expert routing does."""
+        if self._activation_readers:
+            raise ReadsActivationsError(
+                f"forward reads what its layers compute ({', '.join(sorted(self._activation_readers))}), as the routing "
+                "of a mixture of experts does: the graph would be right for the example inputs only"
+            )
 
 
 @contextmanager

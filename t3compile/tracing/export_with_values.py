@@ -35,6 +35,7 @@ def export_with_values(call: TracedCall) -> tuple[ExportedProgram, dict[str, set
 
     real_tensors = module_tensors(call)
     exported = export_nonstrict(call, wrap)
+    carriers[-1].refuse_activations()
     return exported, carriers[-1].frozen
 
 
@@ -57,10 +58,11 @@ def carry_call(
     buffers = dict(call.module.named_buffers())
     for name, tensor in {**dict(call.module.named_parameters()), **buffers}.items():
         if name in real_tensors:
-            traced[f"weight '{name}'"] = tensor
-            values[f"weight '{name}'"] = real_tensors[name]
+            kind = "buffer" if name in buffers else "weight"
+            traced[f"{kind} '{name}'"] = tensor
+            values[f"{kind} '{name}'"] = real_tensors[name]
     with untraced():
         for name, value in values.items():
             if isinstance(value, Tensor) and not is_fake(value):
-                is_written = name.removeprefix("weight ").strip("'") in buffers or name.startswith("input")
+                is_written = not name.startswith("weight")
                 carrier.carry(traced[name], value.detach().clone() if is_written else value.detach(), name)

@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from t3compile.errors import TraceError, first_line
 from t3compile.program import Program, functionalized, quiet_torch
-from t3compile.tracing.carry_values import reads_values
+from t3compile.tracing.carry_values import ReadsActivationsError, reads_values
 from t3compile.tracing.compare_with_eager import COMPARED_MACS, difference, graph_macs, run_eager, run_graph
 from t3compile.tracing.export_nonstrict import export_nonstrict
 from t3compile.tracing.export_strict import export_strict
@@ -107,7 +107,8 @@ def _trace_call(call: TracedCall, strategies: tuple[Strategy, ...], weights: Wei
             with quiet_torch(), redirect_stderr(io.StringIO()), torch.no_grad(), preserved(call.module):
                 exported, frozen, not_compared = _attempt(strategy, attempts)
         except Exception as error:
-            text = str(error) if isinstance(error, _RefusedError) else f"{type(error).__name__}: {first_line(error)}"
+            is_plain = isinstance(error, _RefusedError | ReadsActivationsError)
+            text = str(error) if is_plain else f"{type(error).__name__}: {first_line(error)}"
             attempts.failures.append((strategy.name, text))
             attempts.reads_data |= isinstance(error, GuardOnDataDependentSymNode | _DependsOnDataError)
             if len(attempts.failures) == 1:

@@ -41,6 +41,7 @@ def trace_with_values(call: TracedCall) -> tuple[ExportedProgram, dict[str, set[
 
     with call.callable_module(lambda inner: inner) as module, _module_stacks(module):
         traced = make_fx(forward, pre_dispatch=True, _error_on_data_dependent_ops=False)(*(leaves[i] for i in places))
+    carrier.refuse_activations()
     held = _TracedModule(call.module, traced, places, out_spec[-1])
     export_args, export_kwargs = call.traceable_inputs()
     return torch.export.export(held, export_args, export_kwargs, strict=False), carrier.frozen
