@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from t3compile.passes.canonicalize_attention_backends import CanonicalizeAttentionBackends
 from t3compile.passes.canonicalize_attention_shape import CanonicalizeAttentionShape
 from t3compile.passes.canonicalize_softmax_attention import CanonicalizeSoftmaxAttention
@@ -16,7 +18,15 @@ CANONICALIZATION: tuple[GraphPass, ...] = (
 
 
 def canonicalize(program: Program) -> Program:
-    """The program with every recognised spelling of attention as one call over [B, N, S, D]; so are its retraces."""
+    """The program with every recognised spelling of attention as one call over [B, N, S, D]; so are its retraces.
+
+    A rewritten program stays as it is: its attention is no longer what the model spelled.
+    """
+    if program.plan is not None:
+        return program
     for canonical in CANONICALIZATION:
         program = canonical(program).program
-    return program
+    retrace = program.retrace
+    if retrace is None:
+        return program
+    return replace(program, retrace=lambda args, kwargs: canonicalize(retrace(args, kwargs)))
