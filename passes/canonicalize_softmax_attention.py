@@ -309,6 +309,7 @@ def _interpret(
     if len(softmax.meta["val"].shape) < 2:
         raise _NotAttentionError("the softmax runs over a vector")
     _refuse_own_masks(product.node, steps)
+    _refuse_factors(atoms, steps, key, set(query))
     roles = _Roles(atoms, grouped, constants)
     dtype = v.node.meta["val"].dtype
     q, q_scale, found = roles.peel(q, dtype, with_scale=True)
@@ -337,6 +338,25 @@ def _query_axes(atoms: Atoms, alone: list[tuple[Atom, ...]], keys: int) -> list[
         if math.prod(atoms.size(atoms.leaves(axis)) for axis in alone[start:]) == keys:
             return alone[start:]
     return alone[-1:]
+
+
+def _refuse_factors(atoms: Atoms, steps: list[_Step], key: set[Atom], query: set[Atom]) -> None:
+    """Factors of the scores go to the queries or to the keys; one that varies with both has no place."""
+    is_filled = False
+    for step in steps:
+        if step.kind in ("hide", "keep"):
+            is_filled = True
+        if step.kind not in ("multiply", "divide"):
+            continue
+        assert step.tensor is not None
+        shape = node_shape(step.tensor)
+        aligned = zip(shape, step.axes[len(step.axes) - len(shape) :], strict=True)
+        varies = {a for size, axis in aligned if size > 1 for a in atoms.leaves(axis)}
+        if varies & key and varies & query:
+            raise _NotAttentionError(f"the factors '{step.tensor.name}' vary with queries and keys")
+        if is_filled:
+            # The sign of the factor decides what becomes of a hidden score.
+            raise _NotAttentionError(f"hidden scores are multiplied with '{step.tensor.name}'")
 
 
 def _refuse_own_masks(scores: fx.Node, steps: list[_Step]) -> None:
@@ -553,10 +573,27 @@ class _Roles:
             for i, origin in enumerate(order):
                 before[origin] = axes[i]
             return tuple(before)
+        if is_call(node, aten.repeat_interleave):
+            return self._repeated(node, axes, node_shape(source))
         same = math.prod(node_shape(source)) == math.prod(node_shape(node))
         if not is_call(node, *_VIEWS, aten.expand) or not same:
             return None
         return self._merged(axes, node_shape(source))
+
+    def _repeated(self, node: fx.Node, axes: Axes, shape: tuple[int, ...]) -> Axes | None:
+        """The axes before heads were repeated for groups of queries."""
+        repeats = node.args[1]
+        dim = node.args[2] if len(node.args) > 2 else node.kwargs.get("dim")
+        if not isinstance(repeats, int) or not isinstance(dim, int):
+            return None
+        dim %= len(axes)
+        if not set(self.atoms.leaves(axes[dim])) <= set(self.atoms.leaves(self.batch)):
+            return None
+        split = self.atoms.regroup((axes[dim],), (shape[dim], repeats))
+        if split is None:
+            return None
+        self.batch = set(self.atoms.leaves(self.batch))
+        return (*axes[:dim], split[0], *axes[dim + 1 :])
 
     def _merged(self, axes: Axes, shape: tuple[int, ...]) -> Axes | None:
         """The axes before a view, where this splits nothing but batch axes and leaves no axis of several roles."""
