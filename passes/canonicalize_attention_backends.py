@@ -71,4 +71,8 @@ def _replace(node: fx.Node) -> bool:
     for user in results:
         if user.args[1] == 0:
             replace_node(user, call)
+        else:
+            node.graph.erase_node(user)
+    # Kernels count as random, so nothing else would drop the call.
+    node.graph.erase_node(node)
     return True

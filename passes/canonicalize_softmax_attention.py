@@ -39,7 +39,7 @@ _SOFTMAX = (aten.softmax, aten._softmax, aten._safe_softmax)
 _VIEWS = (aten.view, aten._unsafe_view, aten.reshape, aten.flatten, aten.unflatten, aten.squeeze, aten.unsqueeze)
 _TRANSPOSES = (aten.permute, aten.transpose, aten.t, aten.mT, aten.numpy_T, aten.adjoint)
 _COPIES = (aten.clone, aten.contiguous, aten.alias, aten.detach, aten.lift_fresh_copy)
-_CASTS = (aten._to_copy, aten.to)
+_CASTS = (aten._to_copy, aten.to, aten.type_as)
 # From here down a filled score gets weight zero in every dtype.
 _HIDING_FILL = -1e4
 _MAX_STEPS = 48
