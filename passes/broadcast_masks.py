@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from t3compile.passes.find_attention import ATTENTION, AttentionCall
+from t3compile.passes.attention_call import ATTENTION, AttentionCall
 from t3compile.passes.graph_pass import Cursor, GraphPass
 from t3compile.program import Program
 

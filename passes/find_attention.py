@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor, fx
 
 from t3compile.errors import GridError
 from t3compile.geometry import GridHint, TokenGrid
+from t3compile.passes.attention_call import ATTENTION, AttentionCall
+from t3compile.passes.canonicalize_softmax_attention import unrecognised_attention
 from t3compile.passes.count_model import count_model
 from t3compile.passes.judge_masks import GridMasks
 from t3compile.passes.layout import Axis, segment_size
@@ -26,44 +28,6 @@ from t3compile.passes.read_values import ValueReader
 from t3compile.passes.track_layout import LayoutTracker
 from t3compile.program import Program, user_input_names
 from t3compile.sites import NOT_A_CANDIDATE, AttentionSite, Declined, GridAxis, SiteSurvey
-
-ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
-
-
-@dataclass(frozen=True)
-class AttentionCall:
-    """The arguments of one scaled_dot_product_attention node."""
-
-    node: fx.Node
-    q: fx.Node
-    k: fx.Node
-    v: fx.Node
-    mask: fx.Node | None
-    dropout: float
-    is_causal: bool
-    scale: float | None
-
-    @classmethod
-    def read(cls, node: fx.Node) -> AttentionCall:
-        names = ("query", "key", "value", "attn_mask", "dropout_p", "is_causal")
-        given = dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
-        q, k, v = (given[name] for name in names[:3])
-        assert isinstance(q, fx.Node) and isinstance(k, fx.Node) and isinstance(v, fx.Node)
-        return cls(
-            node,
-            q,
-            k,
-            v,
-            given.get("attn_mask"),  # type: ignore[arg-type]
-            given.get("dropout_p", 0.0),  # type: ignore[arg-type]
-            bool(given.get("is_causal", False)),
-            given.get("scale"),  # type: ignore[arg-type]
-        )
-
-    def shape(self, which: fx.Node) -> tuple[int, ...]:
-        value = which.meta["val"]
-        assert isinstance(value, Tensor)
-        return tuple(int(size) for size in value.shape)
 
 
 @dataclass(frozen=True)
@@ -110,6 +74,7 @@ def find_attention(program: Program, grid: TokenGrid | GridHint | None = None) -
             assumptions.update(dict.fromkeys(verdict.assumptions))
         else:
             declined.append(_declined(call, verdict))
+    declined += [_unrecognised(graph, name, why) for name, why in unrecognised_attention(program)]
     if found and tracker.index_inputs:
         named = " and ".join(f"'{name}'" for name in sorted(tracker.index_inputs))
         assumptions[f"where tokens stand is read from the example values of input {named}: keep them so"] = None
@@ -343,6 +308,24 @@ def _site(call: AttentionCall, tokens: _Tokens, stack: str, index: int) -> Atten
         order=tokens.order,
         masked=tokens.masked,
         axes=tokens.axes,
+    )
+
+
+def _unrecognised(graph: fx.Graph, name: str, why: str) -> Declined:
+    """A softmax over scores that no pass could read as attention; its MACs count among the model's others."""
+    node = next(node for node in graph.nodes if node.name == name)
+    *batch, queries, keys = (int(size) for size in node.meta["val"].shape)
+    return Declined(
+        node=name,
+        module=module_path(node),
+        reason="unrecognised",
+        detail=f"softmax over scores that is not read as attention: {why}",
+        batch=math.prod(batch),
+        heads=1,
+        query_tokens=queries,
+        key_tokens=keys,
+        head_dim=0,
+        value_dim=0,
     )
 
 

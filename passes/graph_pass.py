@@ -130,12 +130,12 @@ def _recompute(node: fx.Node) -> Any:
         # A view that other strides do not allow becomes a reshape.
         source = node.args[0]
         assert isinstance(source, fx.Node)
-        if not _viewable(source.meta["val"], tuple(node.meta["val"].shape)):
+        if not viewable(source.meta["val"], tuple(node.meta["val"].shape)):
             node.target = aten.reshape.default
     return compute_value(node)
 
 
-def _viewable(value: Tensor, shape: tuple[int, ...]) -> bool:
+def viewable(value: Tensor, shape: tuple[int, ...]) -> bool:
     try:
         torch.empty_strided(value.shape, value.stride(), device="meta").view(shape)
     except RuntimeError:

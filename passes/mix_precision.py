@@ -20,7 +20,7 @@ from torch.export.graph_signature import InputKind
 
 from t3compile.errors import ExportError
 from t3compile.ops import WINDOW_ATTENTION, WindowAttentionCall
-from t3compile.passes.find_attention import ATTENTION, AttentionCall
+from t3compile.passes.attention_call import ATTENTION, AttentionCall
 from t3compile.passes.graph_pass import Cursor, GraphPass, compute_value, is_call
 from t3compile.program import Program, copy_exported
 from t3compile.weights import CastWeights

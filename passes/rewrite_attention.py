@@ -18,7 +18,7 @@ from torch import fx
 
 from t3compile.errors import PlanError, RewriteError
 from t3compile.ops import WINDOW_ATTENTION, WindowAttentionArgs
-from t3compile.passes.find_attention import ATTENTION, AttentionCall
+from t3compile.passes.attention_call import ATTENTION, AttentionCall
 from t3compile.passes.graph_pass import Cursor, GraphPass, is_call, replace_node
 from t3compile.plan import Plan, SitePlan
 from t3compile.program import Program

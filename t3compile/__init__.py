@@ -11,9 +11,8 @@ if TYPE_CHECKING:
     from t3compile.errors import T3CompileError
     from t3compile.geometry import Splits, TokenGrid
     from t3compile.inputs import VideoSize
-    from t3compile.loading import load_program
     from t3compile.pattern import Schedule, WindowPattern
-    from t3compile.pipeline import detect, export_onnx, load_engine, rewrite, verify
+    from t3compile.pipeline import detect, export_onnx, load_engine, load_program, rewrite, trace, verify
     from t3compile.plan import Plan, make_plan
     from t3compile.program import Program
     from t3compile.sites import SiteSurvey
@@ -38,11 +37,11 @@ _HOMES = {
     "detect": "pipeline",
     "export_onnx": "pipeline",
     "load_engine": "pipeline",
-    "load_program": "loading",
+    "load_program": "pipeline",
     "make_plan": "plan",
     "plan_cost": "cost",
     "rewrite": "pipeline",
-    "trace": "tracing",
+    "trace": "pipeline",
     "verify": "pipeline",
 }
 

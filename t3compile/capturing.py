@@ -14,8 +14,8 @@ from torch.utils import _pytree as pytree
 
 from t3compile.errors import InputsError
 from t3compile.files import staged_outputs
+from t3compile.pipeline import trace
 from t3compile.program import Program
-from t3compile.tracing import trace
 
 _COMPONENT = "transformer"
 _OTHER_COMPONENTS = ("dit", "model")

@@ -118,7 +118,7 @@ def _video_size(options: dict[str, Any]) -> VideoSize | None:
 
 def _load(options: dict[str, Any]) -> Program:
     """The program that the model options describe; takes them out of ``options``."""
-    from t3compile.loading import load_program
+    from t3compile.pipeline import load_program
     from t3compile.report import progress, say
 
     size = _video_size(options)
@@ -356,7 +356,7 @@ def _say_not_run(report: Any) -> None:
 @_shielded
 def verify(rewritten: Path, as_json: bool, plan_file: Path | None, **options: Any) -> None:
     """Prove that the .pt2 REWRITTEN is MODEL under its plan. Exits with 1 when a check fails."""
-    from t3compile.loading import load_program
+    from t3compile.pipeline import load_program
     from t3compile.pipeline import verify as verify_programs
     from t3compile.report import progress, show_json, show_verification
 

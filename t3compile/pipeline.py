@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from t3compile.errors import EngineError, ExportError, MissingKernelError, T3CompileError
 from t3compile.files import check_writable
 from t3compile.geometry import GridHint, Splits, TokenGrid
 from t3compile.inputs import named_inputs, substitute_inputs
-from t3compile.loading import load_program
+from t3compile.loading import load_program as load_as_spelled
 from t3compile.loading.recognize import recognize
 from t3compile.ops import WINDOW_ATTENTION
 from t3compile.passes.broadcast_masks import BroadcastMasks
+from t3compile.passes.canonicalization import canonicalize
 from t3compile.passes.count_model import graph_macs
 from t3compile.passes.find_attention import find_attention
 from t3compile.passes.forward_copies import ForwardCopies
@@ -31,6 +32,7 @@ from t3compile.pattern import WindowPattern
 from t3compile.plan import Plan, SitePlan
 from t3compile.program import Program
 from t3compile.sites import GridAxis, SiteSurvey
+from t3compile.tracing import trace as trace_as_spelled
 from t3compile.verification import (
     Check,
     VerifyReport,
@@ -40,6 +42,7 @@ from t3compile.verification import (
     check_rewritten,
     check_weights,
 )
+from t3compile.weights import Weights
 
 # Above this many MACs the whole-model check, some ten dense passes, runs on a small grid ...
 DIRECT_MACS = 5 * 10**10
@@ -59,6 +62,26 @@ ONNX_LEGALIZATION: tuple[GraphPass, ...] = (
 
 def _silent(_: str) -> None:
     """No progress is shown."""
+
+
+def trace(
+    module: nn.Module,
+    args: tuple[Any, ...] = (),
+    kwargs: Mapping[str, Any] | None = None,
+    *,
+    weights: Weights | None = None,
+    source: str = "",
+) -> Program:
+    """Trace an nn.Module or fx.GraphModule to a Program with static shapes and one spelling of attention.
+
+    See tracing.trace for the strategies, the notes and the errors.
+    """
+    return canonicalize(trace_as_spelled(module, args, kwargs, weights=weights, source=source))
+
+
+def load_program(model: str | Path, **options: Any) -> Program:
+    """Load MODEL, with one spelling of attention; options and errors are those of loading.load_program."""
+    return canonicalize(load_as_spelled(model, **options))
 
 
 def detect(program: Program, grid: TokenGrid | GridHint | str | None = None) -> SiteSurvey:
@@ -333,7 +356,7 @@ def load_engine(path: str | Path, runtime: str = "auto") -> Callable[..., Any]:
     if is_torch:
         from t3compile.export.torch_engine import TorchEngine
 
-        return TorchEngine(load_program(path))
+        return TorchEngine(load_as_spelled(path))
     from t3compile.export.onnx_engine import OnnxEngine
 
     return OnnxEngine(path)

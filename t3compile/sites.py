@@ -21,6 +21,7 @@ Reason = Literal[
     "other-tokens",
     "text-queries",
     "two-grids",
+    "unrecognised",
 ]
 
 # Reasons under which a call can never be full self-attention over the grid: leaving it dense loses nothing.

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Mapping
 from contextlib import redirect_stderr
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -22,6 +22,7 @@ from t3compile.tracing.export_strict import export_strict
 from t3compile.tracing.export_warmed import export_warmed
 from t3compile.tracing.export_with_values import export_with_values
 from t3compile.tracing.preserve_module import preserved
+from t3compile.tracing.replace_leaves import replace_attention_leaves
 from t3compile.tracing.trace_with_values import trace_with_values
 from t3compile.tracing.traced_call import TracedCall, make_call
 from t3compile.weights import TensorWeights, Weights
@@ -92,11 +93,16 @@ def trace(
     program's ``traced_by`` and ``notes`` say which, why earlier ones failed, and what is frozen at its example
     value. The comparison needs real weights and is left out above 5e10 MACs. Parameters may be fake tensors (see
     ``weights``): then no weight is ever needed. Arguments that are no nests of tensors and constants are closed
-    over. Raises TraceError with every strategy's reason.
+    over. Calls of attention libraries that are leaves of an fx.GraphModule are traced as torch's attention, with a
+    note. Raises TraceError with every strategy's reason.
     """
-    # MERGE: replace_attention_leaves(module) goes here, for an fx.GraphModule, and its notes before call.notes.
+    source = source or type(module).__name__
+    replaced: tuple[str, ...] = ()
+    if isinstance(module, fx.GraphModule):
+        module, replaced = replace_attention_leaves(module)
     call = make_call(module, tuple(args), dict(kwargs or {}))
-    return _trace_call(call, STRATEGIES, weights, source or type(module).__name__)
+    program = _trace_call(call, STRATEGIES, weights, source)
+    return replace(program, notes=(*replaced, *program.notes))
 
 
 def _trace_call(call: TracedCall, strategies: tuple[Strategy, ...], weights: Weights | None, source: str) -> Program:
