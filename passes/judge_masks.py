@@ -38,7 +38,7 @@ class GridMasks:
     ) -> tuple[str, ...] | Refusal:
         """Assumptions under which grid queries see every grid key alike, and the same other keys; or why they may not.
 
-        ``shape`` is [B, N, Sq, S] of the attention; the grid stands behind ``query_prefix`` queries and ``prefix`` keys.
+        ``shape`` is [B, N, Sq, S]; the grid stands behind ``query_prefix`` queries and ``prefix`` keys.
         """
         place = (query_prefix, query_suffix, prefix, suffix, grid_tokens)
         key = (mask, *shape, *place)

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from t3compile.plan import Plan, make_plan
     from t3compile.program import Program
     from t3compile.sites import SiteSurvey
-    from t3compile.tracing import trace
     from t3compile.verification import VerifyReport
 
 __version__ = "0.1.0"

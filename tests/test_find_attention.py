@@ -603,8 +603,7 @@ class Packed(nn.Module):
 
 def angles_of(ids: Tensor) -> Tensor:
     text = torch.zeros(7, ids.shape[-1])
-    scaled = torch.cat([text, ids.float()]) @ torch.tensor([[1.0, 0, 0], [0, 0.7, 0], [0, 0.31, 0], [0, 0, 0.9]]).T
-    return scaled
+    return torch.cat([text, ids.float()]) @ torch.tensor([[1.0, 0, 0], [0, 0.7, 0], [0, 0.31, 0], [0, 0, 0.9]]).T
 
 
 def packed(positions: Callable[[Tensor], Tensor] = angles_of, ids: Tensor | None = None) -> SiteSurvey:

@@ -300,8 +300,7 @@ def patched(position: int, length: int, patch: int, name: str = "x") -> Axis:
 
 
 def row_major(*axes: Axis) -> Axis:
-    merged = product(axes)
-    return merged
+    return product(axes)
 
 
 class Function(nn.Module):

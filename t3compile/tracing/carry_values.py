@@ -273,8 +273,8 @@ class CarryValues(TorchFunctionMode):
         """Raise where a value was read that depends on inputs through weights, as expert routing does."""
         if self._activation_readers:
             raise ReadsActivationsError(
-                f"forward reads what its layers compute ({', '.join(sorted(self._activation_readers))}), as the routing "
-                "of a mixture of experts does: the graph would be right for the example inputs only"
+                f"forward reads what its layers compute ({', '.join(sorted(self._activation_readers))}), as routing "
+                "to experts does: the graph would be right for the example inputs only"
             )
 
 
