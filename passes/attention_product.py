@@ -99,7 +99,7 @@ def _einsum(node: fx.Node) -> Product | None:
     outward = read(out, most)
     if any(len(set(term)) != len(term) for term in (*letters, outward)):
         return None
-    return _sized(node, tuple(operands), letters, outward)  # type: ignore[arg-type]
+    return _sized(node, tuple(operands), letters, outward)
 
 
 def _sized(

@@ -373,7 +373,7 @@ def _common_sizes(a: Sequence[int], b: Sequence[int]) -> list[int] | None:
             product_inside *= size
             cuts.add(product_inside)
     ordered = sorted(cuts)
-    factors = []
+    factors: list[int] = []
     inside = 1
     for cut in ordered:
         if cut % inside:

@@ -84,7 +84,8 @@ def attend_heads_last(
     """
     if q.dim() == 3:
         mask = mask.unsqueeze(1) if isinstance(mask, Tensor) and mask.dim() == 3 else mask
-        return attend_heads_last(*(x.unsqueeze(2) for x in (q, k, v)), mask, softmax_scale, causal).squeeze(2)
+        q, k, v = (x.unsqueeze(2) for x in (q, k, v))
+        return attend_heads_last(q, k, v, mask, softmax_scale, causal).squeeze(2)
     q, k, v = (x.transpose(-2, -3) for x in (q, k, v))
     return attend_heads_first(q, k, v, mask, softmax_scale, causal).transpose(-2, -3)
 
@@ -112,12 +113,14 @@ def attend_heads_first(
 
 def _attend_packed(qkv: Tensor, softmax_scale: float | None = None, causal: bool = False) -> Tensor:
     """[B, S, 3, N, D]"""
-    return attend_heads_last(*qkv.unbind(2), softmax_scale=softmax_scale, causal=causal)
+    q, k, v = qkv.unbind(2)
+    return attend_heads_last(q, k, v, None, softmax_scale, causal)
 
 
 def _attend_packed_keys(q: Tensor, kv: Tensor, softmax_scale: float | None = None, causal: bool = False) -> Tensor:
     """[B, S, N, D] and [B, S, 2, N, D]"""
-    return attend_heads_last(q, *kv.unbind(2), softmax_scale=softmax_scale, causal=causal)
+    k, v = kv.unbind(2)
+    return attend_heads_last(q, k, v, None, softmax_scale, causal)
 
 
 def _attend_one_sequence(
