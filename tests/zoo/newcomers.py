@@ -122,8 +122,8 @@ class UShapedVideoTransformer(nn.Module):
         self, channels: int = 4, dim: int = 32, heads: int = 2, grid: tuple[int, int, int] = (3, 4, 6)
     ) -> None:
         super().__init__()
-        t, h, w = grid
-        self.grid = grid
+        t, h, w = grid.sizes
+        self.grid = grid.sizes
         self.conv_in = nn.Conv3d(channels, dim, (1, 2, 2), stride=(1, 2, 2))
         self.time = nn.Linear(32, dim)
         self.registers = nn.Parameter(0.1 * torch.randn(4, dim))

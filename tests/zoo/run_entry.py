@@ -8,9 +8,12 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import Any, Literal
+from unittest.mock import patch
 
+import onnx_ir as ir
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -18,6 +21,8 @@ from torch.utils import _pytree as pytree
 import t3compile
 from t3compile.errors import T3CompileError, first_line
 from t3compile.execute import execute
+from t3compile.export import write_onnx
+from t3compile.export.window_function import FunctionKey, build_function
 from t3compile.geometry import Splits, TokenGrid
 from t3compile.inputs import named_inputs
 from t3compile.pattern import WindowPattern
@@ -65,7 +70,7 @@ class Row:
         return asdict(self)
 
 
-class StageFailed(Exception):
+class StageError(Exception):
     """A stage ran and its result is wrong; the message is the phrase."""
 
 
@@ -97,7 +102,7 @@ class _Run:
 
 def _phrase(error: Exception) -> str:
     text = first_line(error)
-    if not isinstance(error, T3CompileError | StageFailed):
+    if not isinstance(error, T3CompileError | StageError):
         text = f"{type(error).__name__}: {text}"
     return re.sub(r"\x1b\[\d*m", "", re.sub(r"0x[0-9a-f]+", "0x...", text))[:200]
 
@@ -181,12 +186,12 @@ class _Eager:
             exact = plain
             noise.append(run(_moved)[0])
         if not all(value.isfinite().all() for value in exact if value.is_floating_point()):
-            raise StageFailed("the eager output is not finite")
+            raise StageError("the eager output is not finite")
         return cls(plain, exact, noise, calls)
 
     def checks(self, ours: Sequence[Tensor]) -> list[Check]:
         if len(ours) != len(self.exact):
-            raise StageFailed(f"{len(ours)} output tensors instead of {len(self.exact)}")
+            raise StageError(f"{len(ours)} output tensors instead of {len(self.exact)}")
         return [
             derived_check("model", f"output {i}", value, [outputs[i] for outputs in self.noise], self.exact[i])
             for i, value in enumerate(ours)
@@ -221,10 +226,10 @@ def _compare_graph(run: _Run, program: Program, eager: _Eager) -> None:
 def _compare_sites(run: _Run, survey: SiteSurvey) -> None:
     expected = run.entry.grid_sites
     if len(survey.found) != expected:
-        raise StageFailed(f"{len(survey.found)} of {expected} sites found{_why_declined(survey)}")
+        raise StageError(f"{len(survey.found)} of {expected} sites found{_why_declined(survey)}")
     expected_grids = {grid for grid in (run.entry.grid, *run.entry.more_grids) if grid is not None}
     if set(survey.grids) != expected_grids:
-        raise StageFailed(f"grids {_in_words(survey.grids)} instead of {_in_words(expected_grids)}")
+        raise StageError(f"grids {_in_words(survey.grids)} instead of {_in_words(expected_grids)}")
     run.stages["sites"] = Stage("ok")
 
 
@@ -251,7 +256,7 @@ def _check_rewriting(run: _Run, program: Program, survey: SiteSurvey) -> None:
         plan = real_plan(survey)
         run.rewritten = t3compile.rewrite(program, plan)
         if run.eager is None:
-            raise StageFailed("there is no eager model to compare with")
+            raise StageError("there is no eager model to compare with")
         _compare_windows(run, program, survey, plan, run.eager)
 
 
@@ -277,7 +282,7 @@ def _compare_windows(run: _Run, program: Program, survey: SiteSurvey, plan: Plan
     calls = dict(sorted((found | declined).items(), key=lambda item: places[item[0]]))
     matched = match_calls(eager.calls, list(calls.values()))
     if isinstance(matched, str):
-        raise StageFailed(matched)
+        raise StageError(matched)
     number_of = dict(zip(calls, matched, strict=True))
     windows = {}
     for site in survey.found:
@@ -293,7 +298,7 @@ def _compare_windows(run: _Run, program: Program, survey: SiteSurvey, plan: Plan
         if windowed.is_floating_point()
     )
     if effect < _EFFECT:
-        raise StageFailed("the windows change nothing that rounding would not, so that nothing is compared")
+        raise StageError("the windows change nothing that rounding would not, so that nothing is compared")
 
 
 def _query_tokens(site: AttentionSite) -> int:
@@ -302,9 +307,16 @@ def _query_tokens(site: AttentionSite) -> int:
     return before + site.grid.tokens + after
 
 
+@cache
+def _build_function(key: FunctionKey) -> ir.Function:
+    return build_function(key)
+
+
 def _compare_onnx(run: _Run, program: Program) -> None:
-    with tempfile.TemporaryDirectory() as folder:
+    # Most models of the zoo share a few functions, whose export takes as long as everything else.
+    shared = patch.object(write_onnx, "build_function", lambda key: _build_function(key).clone())
+    with tempfile.TemporaryDirectory() as folder, shared:
         report = export_onnx_report(program, Path(folder) / "model.onnx", check=True)
     if not report.comparison:
-        raise StageFailed(f"not compared: {report.not_compared}")
+        raise StageError(f"not compared: {report.not_compared}")
     run.passed("onnx", report.comparison)
