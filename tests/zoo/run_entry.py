@@ -104,11 +104,18 @@ def _phrase(error: Exception) -> str:
     text = first_line(error)
     if not isinstance(error, T3CompileError | StageError):
         text = f"{type(error).__name__}: {text}"
-    return re.sub(r"\x1b\[\d*m", "", re.sub(r"0x[0-9a-f]+", "0x...", text))[:200]
+    root = _root_cause(error)
+    if root is not error and first_line(root) not in text:
+        text = f"{text} (because of {type(root).__name__}: {first_line(root)})"
+    return re.sub(r"\x1b\[\d*m", "", re.sub(r"0x[0-9a-f]+", "0x...", text))[:300]
 
 
-def run_entry(entry: ZooEntry) -> Row:
-    """Run every stage that can run; nothing is raised."""
+def _root_cause(error: BaseException) -> BaseException:
+    return error if error.__cause__ is None else _root_cause(error.__cause__)
+
+
+def run_entry(entry: ZooEntry, *, onnx: bool = True) -> Row:
+    """Run every stage that can run, ONNX only where asked for; nothing is raised."""
     began = time.perf_counter()
     run = _Run(entry)
     with run.stage("eager"):
@@ -127,8 +134,9 @@ def run_entry(entry: ZooEntry) -> Row:
             _compare_sites(run, run.survey)
         if run.survey is not None:
             _check_rewriting(run, run.program, run.survey)
-        with run.stage("onnx"):
-            _compare_onnx(run, run.rewritten or run.program)
+        if onnx:
+            with run.stage("onnx"):
+                _compare_onnx(run, run.rewritten or run.program)
     survey = run.survey
     return Row(
         name=entry.name,
