@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench test check lint types imports wheel clean
+.PHONY: help setup demo bench test models check lint types imports wheel clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -26,7 +26,10 @@ bench: $(STAMP) ## The demo's rewritten and full models side by side in onnxrunt
 	$(BIN)/python -m t3compile.demo --bench
 
 test: $(STAMP) ## Run the tests
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+models: $(STAMP) ## Run every model of the zoo and write docs/models.md
+	$(BIN)/python -m tests.zoo
 
 check: lint types imports test ## ruff, mypy --strict, the import contracts and the tests
 

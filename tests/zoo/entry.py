@@ -18,7 +18,8 @@ class ZooEntry:
 
     ``build`` and ``inputs`` run under a fixed seed; ``inputs`` gives forward's keyword arguments. ``grid_sites`` is the
     number of full self-attention calls over the token grid in one forward pass, read from the model's source, and
-    ``grid`` their token grid (None without sites). ``hint`` is the ``--grid`` of models whose inputs hold no grid.
+    ``grid`` their token grid (None without sites); ``more_grids`` are those of a model's other stages. ``hint`` is the
+    ``--grid`` of models whose inputs hold no grid.
     ``expected`` says in one sentence why a model has no sites, or what is special about it.
     """
 
@@ -29,6 +30,7 @@ class ZooEntry:
     grid: TokenGrid | None = None
     hint: str | None = None
     expected: str = ""
+    more_grids: tuple[TokenGrid, ...] = ()
 
     def make(self) -> tuple[nn.Module, dict[str, Any]]:
         """The model in eval mode with random float32 weights, no parameter left at zero, and its example inputs."""
