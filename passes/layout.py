@@ -343,10 +343,12 @@ def _join_segments(a: Segment, b: Segment) -> Segment | None:
 
 
 def _rank(segment: Segment) -> int:
-    """How much a stretch says of its tokens: lost, partly known, one whole axis, a product of whole axes."""
-    if not all(digit.origin.is_known and digit.is_whole for digit in segment):
+    """How much a stretch says of its tokens: lost, partly known, one axis or a stretch of it, a product of axes."""
+    if not all(digit.origin.is_known for digit in segment):
         return int(any(digit.origin.is_known for digit in segment))
-    return 3 if len(segment) > 1 else 2
+    if len(segment) == 1:
+        return 2
+    return 3 if all(digit.is_whole for digit in segment) else 1
 
 
 def _join_digits(one: Axis, other: Axis) -> Segment | None:
@@ -359,9 +361,7 @@ def _join_digits(one: Axis, other: Axis) -> Segment | None:
     if one.is_known != other.is_known:
         return (one if one.is_known else other).segments[0]
     both = (*one.segments[0], *other.segments[0])
-    if not all(digit.origin.is_known and digit.is_whole for digit in both):
-        return None
-    return one.segments[0] if len(both) == 2 else None
+    return one.segments[0] if len(both) == 2 and all(digit.origin.is_known for digit in both) else None
 
 
 def _common_sizes(a: Sequence[int], b: Sequence[int]) -> list[int] | None:

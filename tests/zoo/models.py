@@ -7,7 +7,7 @@ import inspect
 import diffusers.models.transformers
 from torch import nn
 
-from tests.zoo import audio_and_more, image_joint, image_other, newcomers, video_cross, video_joint
+from tests.zoo import audio_and_more, image_joint, image_other, newcomers, spellings, video_cross, video_joint
 from tests.zoo.entry import ZooEntry
 
 DIFFUSERS: dict[str, tuple[ZooEntry, ...]] = {
@@ -17,7 +17,10 @@ DIFFUSERS: dict[str, tuple[ZooEntry, ...]] = {
     "image, other": image_other.ENTRIES,
     "audio and more": audio_and_more.ENTRIES,
 }
-HAND_WRITTEN: dict[str, tuple[ZooEntry, ...]] = {"newcomer": newcomers.ENTRIES}
+HAND_WRITTEN: dict[str, tuple[ZooEntry, ...]] = {
+    "spelling": spellings.ENTRIES,
+    "newcomer": newcomers.ENTRIES,
+}
 
 KINDS: dict[str, tuple[ZooEntry, ...]] = {**DIFFUSERS, **HAND_WRITTEN}
 ENTRIES: tuple[ZooEntry, ...] = tuple(entry for entries in KINDS.values() for entry in entries)
