@@ -20,6 +20,7 @@ from t3compile.ops import WINDOW_ATTENTION
 from t3compile.passes.broadcast_masks import BroadcastMasks
 from t3compile.passes.count_model import graph_macs
 from t3compile.passes.find_attention import find_attention
+from t3compile.passes.fold_constants import FoldConstants
 from t3compile.passes.forward_copies import ForwardCopies
 from t3compile.passes.graph_pass import GraphPass
 from t3compile.passes.interleave_slices import InterleaveSlices
@@ -27,6 +28,7 @@ from t3compile.passes.legalize_window_attention import LegalizeWindowAttention
 from t3compile.passes.lower_window_attention import LowerWindowAttention
 from t3compile.passes.mix_precision import MixPrecision
 from t3compile.passes.rewrite_attention import RewriteAttention
+from t3compile.passes.split_complex import SplitComplex
 from t3compile.pattern import WindowPattern
 from t3compile.plan import Plan, SitePlan
 from t3compile.program import Program
@@ -50,6 +52,8 @@ SMALL_GRID = TokenGrid(3, 6, 7)
 Progress = Callable[[str], None]
 
 ONNX_LEGALIZATION: tuple[GraphPass, ...] = (
+    FoldConstants(),  # first: most of what ONNX cannot say makes tables, which are values once folded
+    SplitComplex(),  # before the layout passes: it leaves plain slices and stacks
     BroadcastMasks(),  # onnxruntime's Attention does not broadcast them over queries
     ForwardCopies(),  # before the next: it uncovers the sources that interleaving stacks
     InterleaveSlices(),  # before the exporter would make ScatterND of it
