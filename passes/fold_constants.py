@@ -13,18 +13,17 @@ Output graph:
 
 from __future__ import annotations
 
-import copy
 import operator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
+from torch.export.graph_signature import InputKind
 
-from t3compile.passes.graph_pass import CONSTANT_VALUE, GraphPass, is_call
-from t3compile.program import Program, copy_exported
+from t3compile.passes.graph_pass import GraphPass, insert_constant, is_call
+from t3compile.program import Program
 
 aten = torch.ops.aten
 
@@ -46,40 +45,22 @@ class FoldConstants(GraphPass):
 
     def apply(self, graph_module: fx.GraphModule, program: Program) -> bool:
         graph = graph_module.graph
-        values = _known_values(graph, program)
+        values = known_values(graph, program)
         sizes = {node: _bytes(value) for node, value in values.items()}
         constant: set[fx.Node] = set()
         for node in graph.nodes:
-            if _is_pure(node) and all(used in constant or used in values for used in node.all_input_nodes):
+            if is_pure(node) and all(used in constant or used in values for used in node.all_input_nodes):
                 largest = max((sizes[used] for used in node.all_input_nodes), default=0)
                 sizes[node] = _bytes(node.meta.get("val"))
                 if sizes[node] <= max(self.limit_bytes, largest):
                     constant.add(node)
         folded = _ends(graph, constant)
         for node in folded:
-            _insert_constant(node, _compute(node, values))
+            insert_constant(node, compute_constant(node, values))
         return bool(folded)
 
-    def attach(self, graph_module: fx.GraphModule, program: Program) -> Program:
-        exported = program.exported
-        constants = dict(exported.constants)
-        given = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
-        specs = []
-        for node in graph_module.graph.nodes:
-            if node.op != "placeholder":
-                continue
-            if node.name not in given:
-                constants[node.name] = node.meta.pop(CONSTANT_VALUE)
-                argument = TensorArgument(node.name)
-                specs.append(InputSpec(InputKind.CONSTANT_TENSOR, argument, node.name, None))
-            else:
-                specs.append(given[node.name])
-        signature = replace(copy.deepcopy(exported.graph_signature), input_specs=specs)
-        changed = copy_exported(exported, graph_module=graph_module, signature=signature, constants=constants)
-        return replace(program, exported=changed)
 
-
-def _known_values(graph: fx.Graph, program: Program) -> dict[fx.Node, Any]:
+def known_values(graph: fx.Graph, program: Program) -> dict[fx.Node, Any]:
     """The constants of the program: lifted tensors and buffers that are no weights."""
     specs = {spec.arg.name: spec for spec in program.exported.graph_signature.input_specs}
     known = {}
@@ -95,18 +76,25 @@ def _known_values(graph: fx.Graph, program: Program) -> dict[fx.Node, Any]:
     return known
 
 
-def _is_pure(node: fx.Node) -> bool:
+def is_pure(node: fx.Node) -> bool:
     """A call whose result is the same each time, on the CPU."""
     if node.op != "call_function" or node.is_impure():
         return False
-    if node.target is operator.getitem:
-        return True
-    if not isinstance(node.target, torch._ops.OpOverload):
-        return False
-    if torch.Tag.nondeterministic_seeded in node.target.tags or node.target.namespace != "aten":
+    if node.target is not operator.getitem and not _is_repeatable(node.target):
         return False
     tensors = _tensors(node.meta.get("val"))
-    return bool(tensors) and all(value.device.type == "cpu" for value in tensors)
+    return bool(tensors) and all(value.device.type == "cpu" and _is_static(value) for value in tensors)
+
+
+def _is_repeatable(target: Any) -> bool:
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return False
+    return torch.Tag.nondeterministic_seeded not in target.tags
+
+
+def _is_static(value: Tensor) -> bool:
+    """Whether no size depends on data."""
+    return all(isinstance(size, int) for size in value.shape)
 
 
 def _ends(graph: fx.Graph, constant: set[fx.Node]) -> list[fx.Node]:
@@ -133,7 +121,7 @@ def _is_cheap(node: fx.Node) -> bool:
     )
 
 
-def _compute(node: fx.Node, values: dict[fx.Node, Any]) -> Tensor:
+def compute_constant(node: fx.Node, values: dict[fx.Node, Any]) -> Tensor:
     """The value of a constant call; those of the calls before it are kept in `values`."""
     pending = [node]
     with torch.no_grad():
@@ -150,21 +138,6 @@ def _compute(node: fx.Node, values: dict[fx.Node, Any]) -> Tensor:
                 values[last] = last.target(*args, **kwargs)
     value: Tensor = values[node]
     return value
-
-
-def _insert_constant(node: fx.Node, value: Tensor) -> None:
-    """A placeholder with `value` before the inputs, in the place of `node`."""
-    graph = node.graph
-    first = next(iter(graph.nodes))
-    with graph.inserting_before(first):
-        placeholder = graph.placeholder(f"c_folded_{node.name}")
-    placeholder.meta = {"val": node.meta["val"], CONSTANT_VALUE: _like_traced(value, node.meta["val"])}
-    node.replace_all_uses_with(placeholder)
-
-
-def _like_traced(value: Tensor, traced: Tensor) -> Tensor:
-    """A copy of its own, with the strides that the views behind it were traced for."""
-    return torch.empty_strided(traced.shape, traced.stride(), dtype=traced.dtype).copy_(value)
 
 
 def _bytes(value: Any) -> int:

@@ -277,9 +277,11 @@ def _reciprocal(c: _Call) -> fx.Node | None:
     return _quotient(c, 1.0, c.node.args[0])
 
 
-def _sum_of(target: Any) -> Callable[[_Call], fx.Node | None]:
+def _sum_of(target: Any, is_reversed: bool = False) -> Callable[[_Call], fx.Node | None]:
     def spell(c: _Call) -> fx.Node | None:
         x, y = (c.pair(operand) for operand in c.node.args[:2])
+        if is_reversed:
+            x, y = y, x
         alpha = c.argument(2, "alpha", 1)
         if isinstance(alpha, complex):
             return None
@@ -454,6 +456,7 @@ _SPELLINGS: dict[Any, Callable[[_Call], fx.Node | None]] = {
     aten.reciprocal: _reciprocal,
     aten.add: _sum_of(aten.add.Tensor),
     aten.sub: _sum_of(aten.sub.Tensor),
+    aten.rsub: _sum_of(aten.sub.Tensor, is_reversed=True),
     aten.neg: _negative,
     aten.conj: _conjugate,
     aten._conj: _conjugate,
