@@ -29,6 +29,7 @@ from t3compile.passes.interleave_slices import InterleaveSlices
 from t3compile.passes.legalize_window_attention import LegalizeWindowAttention
 from t3compile.passes.lower_window_attention import LowerWindowAttention
 from t3compile.passes.mix_precision import MixPrecision
+from t3compile.passes.reshape_views import ReshapeViews
 from t3compile.passes.rewrite_attention import RewriteAttention
 from t3compile.passes.search_by_counting import SearchByCounting
 from t3compile.passes.select_booleans import SelectBooleans
@@ -69,6 +70,7 @@ ONNX_LEGALIZATION: tuple[GraphPass, ...] = (
     BroadcastMasks(),  # onnxruntime's Attention does not broadcast them over queries
     ForwardCopies(),  # before the next: it uncovers the sources that interleaving stacks
     InterleaveSlices(),  # before the exporter would make ScatterND of it
+    ReshapeViews(),  # after all that makes views; the exporter's own trace gives other strides
     LegalizeWindowAttention(),  # last: nothing below knows the symbolic node
 )
 
