@@ -26,9 +26,14 @@ def compare_onnx(path: Path, program: Program, inputs: Mapping[str, Tensor]) -> 
     moved = execute(program, _moved(inputs), float64=True)
     outputs = ours if isinstance(ours, tuple) else (ours,)
     return tuple(
-        derived_check("onnx", f"output {i}", a, (b, d), c)
+        derived_check("onnx", f"output {i}", a, (_real(b), _real(d)), _real(c))
         for i, (a, b, c, d) in enumerate(zip(outputs, plain, exact, moved, strict=True))
     )
+
+
+def _real(x: Tensor) -> Tensor:
+    """Complex [...] as real [..., 2], the form in an ONNX file."""
+    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
 
 
 def _moved(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -36,7 +41,9 @@ def _moved(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(0)
     moved = dict(inputs)
     for name, x in inputs.items():
-        if x.is_floating_point():
-            signs = torch.randint(0, 2, x.shape, generator=generator).double() * 2 - 1
-            moved[name] = x.double() * (1 + torch.finfo(x.dtype).eps * signs)
+        if x.is_floating_point() or x.is_complex():
+            parts = _real(x)
+            signs = torch.randint(0, 2, parts.shape, generator=generator).double() * 2 - 1
+            wide = parts.double() * (1 + torch.finfo(x.dtype).eps * signs)
+            moved[name] = torch.view_as_complex(wide) if x.is_complex() else wide
     return moved

@@ -22,6 +22,9 @@ _NUMPY_TYPES: dict[str, np.dtype[Any]] = {
     "tensor(double)": np.dtype(np.float64),
     "tensor(int64)": np.dtype(np.int64),
     "tensor(int32)": np.dtype(np.int32),
+    "tensor(int16)": np.dtype(np.int16),
+    "tensor(int8)": np.dtype(np.int8),
+    "tensor(uint8)": np.dtype(np.uint8),
     "tensor(bool)": np.dtype(np.bool_),
 }
 
@@ -44,8 +47,9 @@ class EngineInput:
 class OnnxEngine:
     """An ONNX file in onnxruntime on the CPU.
 
-    Call it with tensors or arrays, by position or by input name. Returns torch tensors when the first input is
-    one, else numpy arrays: the only output, or a tuple of them.
+    Call it with tensors or arrays, by position or by input name. Complex inputs [...] are given to the file as real
+    [..., 2]; complex outputs come back so. Returns torch tensors when the first input is one, else numpy arrays: the
+    only output, or a tuple of them.
     """
 
     runtime = "onnxruntime-cpu"
@@ -103,7 +107,9 @@ def _engine_input(value: Any) -> EngineInput:
 def _checked(spec: EngineInput, value: Any) -> np.ndarray[Any, Any]:
     if isinstance(value, Tensor) and value.dtype == torch.bfloat16:
         raise InputsError(f"input '{spec.name}' has dtype bfloat16, expected {spec.dtype}")
-    array = value.detach().cpu().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    array = value.detach().cpu().resolve_conj().numpy() if isinstance(value, Tensor) else np.asarray(value)
+    if np.iscomplexobj(array):
+        array = np.stack([array.real, array.imag], axis=-1)
     if array.dtype != spec.dtype:
         raise InputsError(f"input '{spec.name}' has dtype {array.dtype}, expected {spec.dtype}")
     fits = len(array.shape) == len(spec.shape) and all(

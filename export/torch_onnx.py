@@ -32,9 +32,17 @@ def export_graph(
                 verbose=False,
             )
         except Exception as error:
-            raise ExportError(f"torch.onnx.export failed: {type(error).__name__}: {first_line(error)}") from error
+            cause = _first_cause(error)
+            raise ExportError(f"torch.onnx.export failed: {type(cause).__name__}: {first_line(cause)}") from error
     assert program is not None
     return program.model
+
+
+def _first_cause(error: BaseException) -> BaseException:
+    """What the exporter's own errors wrap: they say at which step it was, their causes say why."""
+    while error.__cause__ is not None:
+        error = error.__cause__
+    return error
 
 
 @contextmanager

@@ -19,7 +19,7 @@ from t3compile.export.window_function import (
     read_key,
 )
 from t3compile.files import staged_outputs
-from t3compile.program import Program
+from t3compile.program import Program, user_input_names
 
 PLAN_PROPERTY = "t3compile_plan"
 # onnxruntime keeps small tensors inline; shapes and scalars must not need a second file.
@@ -55,6 +55,9 @@ def to_onnx_model(program: Program, *, form: AttentionForm = "attention") -> ir.
     outputs = program.exported.graph_signature.user_outputs
     names = ["output"] if len(outputs) == 1 else [f"output_{i}" for i in range(len(outputs))]
     model = export_graph(program.with_weights(), output_names=names)
+    # The exporter gives an input that is also an output another name.
+    for value, name in zip(model.graph.inputs, user_input_names(program.exported), strict=True):
+        value.name = name
     functions: dict[FunctionKey, ir.Function] = {}
     for node in model.graph:
         if (node.domain, node.op_type) != (DOMAIN, OP_TYPE):
@@ -84,5 +87,5 @@ def _bind(node: ir.Node, key: FunctionKey) -> None:
 def _check(path: Path) -> None:
     try:
         onnx.checker.check_model(str(path), full_check=True)
-    except onnx.checker.ValidationError as error:
+    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
         raise ExportError(f"onnx.checker refuses the exported model: {error}") from error

@@ -2,21 +2,27 @@
 
 from __future__ import annotations
 
+import copy
 import operator
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch._guards import detect_fake_mode
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.utils import _pytree as pytree
 
 from t3compile.errors import RewriteError
-from t3compile.program import Program, copy_graph_module
+from t3compile.program import Program, copy_exported, copy_graph_module
 
 aten = torch.ops.aten
+
+# Under this metadata key insert_constant leaves the tensor until the pass attaches it to the program.
+_CONSTANT_VALUE = "constant_value"
 
 
 @dataclass(frozen=True)
@@ -42,7 +48,8 @@ class GraphPass(ABC):
 
     def attach(self, graph_module: fx.GraphModule, program: Program) -> Program:
         """The program around the edited graph."""
-        return program.with_graph(graph_module)
+        exported = _with_constants(graph_module, program.exported)
+        return program.with_graph(graph_module) if exported is None else replace(program, exported=exported)
 
     def __call__(self, program: Program) -> PassResult:
         self.requires(program)
@@ -59,9 +66,36 @@ class GraphPass(ABC):
 
 
 def _check_interface(before: fx.Graph, after: fx.Graph) -> None:
-    inputs = [[n.name for n in graph.nodes if n.op == "placeholder"] for graph in (before, after)]
-    if inputs[0] != inputs[1]:
+    old = [node.name for node in before.nodes if node.op == "placeholder"]
+    new = [node.name for node in after.nodes if node.op == "placeholder" and _CONSTANT_VALUE not in node.meta]
+    if old != new:
         raise RewriteError("internal: a pass changed the inputs of the graph")
+
+
+def insert_constant(node: fx.Node, value: Tensor) -> None:
+    """Put a constant in the place of `node`: a copy of `value` with the strides that the node was traced with."""
+    graph, traced = node.graph, node.meta["val"]
+    with graph.inserting_before(next(iter(graph.nodes))):
+        placeholder = graph.placeholder(f"c_{node.name}")
+    own = torch.empty_strided(traced.shape, traced.stride(), dtype=traced.dtype).copy_(value)
+    placeholder.meta = {"val": traced, _CONSTANT_VALUE: own}
+    node.replace_all_uses_with(placeholder)
+
+
+def _with_constants(graph_module: fx.GraphModule, exported: ExportedProgram) -> ExportedProgram | None:
+    """The program with the constants that the pass inserted; None without any."""
+    given = {spec.arg.name: spec for spec in exported.graph_signature.input_specs}
+    placeholders = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
+    added = {node.name: node.meta.pop(_CONSTANT_VALUE) for node in placeholders if node.name not in given}
+    if not added:
+        return None
+    signature = copy.deepcopy(exported.graph_signature)
+    signature.input_specs = [
+        given.get(node.name) or InputSpec(InputKind.CONSTANT_TENSOR, TensorArgument(node.name), node.name)
+        for node in placeholders
+    ]
+    constants = {**exported.constants, **added}
+    return copy_exported(exported, graph_module=graph_module, signature=signature, constants=constants)
 
 
 def remove_unused(graph: fx.Graph) -> None:

@@ -16,7 +16,13 @@ from torch.utils import _pytree as pytree
 
 from t3compile.program import Program, default_dtype
 
-_FLOATS = (torch.float16, torch.bfloat16, torch.float32)
+_WIDEST = {
+    torch.float16: torch.float64,
+    torch.bfloat16: torch.float64,
+    torch.float32: torch.float64,
+    torch.complex32: torch.complex128,
+    torch.complex64: torch.complex128,
+}
 
 # A stand-in for one call: gets the node and its argument values, returns the result.
 CallHook = Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]
@@ -81,7 +87,7 @@ class _Executor(fx.Interpreter):
     def _wide(self, value: Any) -> Any:
         if not self._float64:
             return value
-        return pytree.tree_map_only(Tensor, lambda x: x.double() if x.is_floating_point() else x, value)
+        return pytree.tree_map_only(Tensor, lambda x: x.to(_widest(x.dtype)), value)
 
 
 def _restrided(value: Any, node: fx.Node) -> Any:
@@ -93,7 +99,7 @@ def _restrided(value: Any, node: fx.Node) -> Any:
 
 
 def _widest(dtype: torch.dtype) -> torch.dtype:
-    return torch.float64 if dtype in _FLOATS else dtype
+    return _WIDEST.get(dtype, dtype)
 
 
 def execute(

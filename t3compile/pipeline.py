@@ -20,14 +20,23 @@ from t3compile.ops import WINDOW_ATTENTION
 from t3compile.passes.broadcast_masks import BroadcastMasks
 from t3compile.passes.canonicalization import canonicalize
 from t3compile.passes.count_model import graph_macs
+from t3compile.passes.expand_attention import ExpandAttention
 from t3compile.passes.find_attention import find_attention
+from t3compile.passes.fold_constants import FoldConstants
+from t3compile.passes.fold_factorizations import FoldFactorizations
 from t3compile.passes.forward_copies import ForwardCopies
 from t3compile.passes.graph_pass import GraphPass
 from t3compile.passes.interleave_slices import InterleaveSlices
 from t3compile.passes.legalize_window_attention import LegalizeWindowAttention
 from t3compile.passes.lower_window_attention import LowerWindowAttention
 from t3compile.passes.mix_precision import MixPrecision
+from t3compile.passes.reshape_views import ReshapeViews
 from t3compile.passes.rewrite_attention import RewriteAttention
+from t3compile.passes.search_by_counting import SearchByCounting
+from t3compile.passes.select_booleans import SelectBooleans
+from t3compile.passes.sort_plainly import SortPlainly
+from t3compile.passes.split_complex import SplitComplex
+from t3compile.passes.squeeze_unit_axes import SqueezeUnitAxes
 from t3compile.pattern import WindowPattern
 from t3compile.plan import Plan, SitePlan
 from t3compile.program import Program
@@ -53,9 +62,18 @@ SMALL_GRID = TokenGrid(3, 6, 7)
 Progress = Callable[[str], None]
 
 ONNX_LEGALIZATION: tuple[GraphPass, ...] = (
+    FoldConstants(),  # first: most of what ONNX cannot say makes tables, which are values once folded
+    FoldFactorizations(),  # ONNX has none; those of weights are values too
+    SqueezeUnitAxes(),  # torch forgives squeezing a longer axis, ONNX does not
+    SelectBooleans(),  # onnxruntime chooses between numbers only
+    SortPlainly(),  # the exporter refuses the stable overload; every ONNX sort is stable
+    SearchByCounting(),  # ONNX has no search
+    SplitComplex(),  # before the layout passes: it leaves plain slices and stacks
+    ExpandAttention(),  # before the masks: it settles the axes that they are broadcast to
     BroadcastMasks(),  # onnxruntime's Attention does not broadcast them over queries
     ForwardCopies(),  # before the next: it uncovers the sources that interleaving stacks
     InterleaveSlices(),  # before the exporter would make ScatterND of it
+    ReshapeViews(),  # after all that makes views; the exporter's own trace gives other strides
     LegalizeWindowAttention(),  # last: nothing below knows the symbolic node
 )
 
@@ -322,7 +340,7 @@ def _large_tensor_notes(program: Program) -> tuple[str, ...]:
     large = {
         node.name: value.numel()
         for node in program.graph.nodes
-        if node.op == "call_function" and isinstance(value := node.meta.get("val"), Tensor) and value.numel() >= 2**31
+        if node.op == "call_function" and isinstance(value := node.meta.get("val"), Tensor) and _is_large(value)
     }
     if not large:
         return ()
@@ -331,6 +349,11 @@ def _large_tensor_notes(program: Program) -> tuple[str, ...]:
         f"{len(large)} tensors have 2^31 elements or more (largest '{name}', {large[name]:,}); "
         "runtimes whose kernels index with 32 bits refuse them",
     )
+
+
+def _is_large(value: Tensor) -> bool:
+    # A size that depends on data is not known here.
+    return all(isinstance(size, int) for size in value.shape) and value.numel() >= 2**31
 
 
 def _require_float32(program: Program) -> None:
