@@ -29,6 +29,8 @@ from t3compile.passes.mix_precision import MixPrecision
 from t3compile.passes.rewrite_attention import RewriteAttention
 from t3compile.pattern import WindowPattern
 from t3compile.plan import Plan, SitePlan
+from t3compile.probing import SiteProbe
+from t3compile.probing import probe as probe_layouts
 from t3compile.program import Program
 from t3compile.sites import GridAxis, SiteSurvey
 from t3compile.verification import (
@@ -87,12 +89,15 @@ def rewrite(program: Program, plan: Plan, *, portable: bool = False) -> Program:
     return LowerWindowAttention()(rewritten).program if portable else rewritten
 
 
-def verify(program: Program, rewritten: Program, plan: Plan, *, progress: Progress = _silent) -> VerifyReport:
+def verify(
+    program: Program, rewritten: Program, plan: Plan, *, probe: bool = False, progress: Progress = _silent
+) -> VerifyReport:
     """Prove that ``rewritten`` is ``program`` under ``plan``.
 
     Splits (1,1,1) give the original bit for bit; every site equals dense attention under its masks; the whole
     model equals the masked original. A model too large for that is retraced on a small grid, where that can be,
-    and its patterns are checked one by one on the real grid.
+    and its patterns are checked one by one on the real grid. ``probe`` also checks by experiment where the tokens of
+    the planned sites stand.
     """
     survey = detect_for(program, plan)
     grid_text = _grids_text(survey)
@@ -117,7 +122,17 @@ def verify(program: Program, rewritten: Program, plan: Plan, *, progress: Progre
     for site in _distinct_patterns(plan):
         progress(f"pattern {site.pattern} on {site.grid}")
         checks.append(check_pattern(site))
+    if probe:
+        layouts = probe_layouts(program, survey, progress=progress)
+        checks += [_layout_check(site) for site in layouts.sites if site.verdict != "inconclusive"]
+        not_run += [f"layout of '{site.node}': {site.detail}" for site in layouts.having("inconclusive")]
     return VerifyReport(grid_text, tuple(checks), tuple(not_run))
+
+
+def _layout_check(site: SiteProbe) -> Check:
+    """A probed layout as a check: whether it is contradicted, at the number of changed cells."""
+    name = f"{site.node}: {site.detail}"
+    return Check("layout", name, float(site.verdict == "contradicted"), 0.0, float(site.cells))
 
 
 def _grids_text(survey: SiteSurvey) -> str:
