@@ -65,7 +65,8 @@ _plan_options = _options(
         "--schedule",
         default="auto",
         show_default=True,
-        help="auto, t3-wan2.1-4k, t3-wan2.2-4k, or splits n_t,n_h,n_w joined by '/'.",
+        help="auto, t3-wan2.1-4k, t3-wan2.2-4k, or splits n_t,n_h,n_w joined by '/'; TxHxW=SCHEDULE;TxHxW=SCHEDULE "
+        "for a model of several grids.",
     ),
     click.option("--min-tokens", type=click.IntRange(min=0), help="Under auto, shorter sequences stay full."),
 )

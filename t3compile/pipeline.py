@@ -161,7 +161,11 @@ def _small_case(program: Program, survey: SiteSurvey, plan: Plan) -> _SmallCase 
     if program.retrace is None:
         macs = graph_macs(program.graph) / 1e12
         return f"a saved graph has one size, and this one's {macs:,.1f} T MACs are too many for dense references"
-    if len(survey.grid_axes) not in (2, 3) or len(survey.grids) != 1:
+    if len(survey.grids) > 1:
+        return (
+            f"the sites have {len(survey.grids)} grids ({_grids_text(survey)}), and no one small grid stands for them"
+        )
+    if len(survey.grid_axes) not in (2, 3) or not survey.grids:
         return "the graph does not tell which input axes make the grid"
     named = _shrunk(named_inputs(program), survey.grid_axes, survey.grids[0])
     try:

@@ -192,6 +192,13 @@ class _Move:
         inside = (moved >= self.start) & (moved < self.stop) & (moved != self.expected)
         return int(inside.sum())
 
+    def lead(self) -> float:
+        """How many times as far as any other grid position the expected one moved."""
+        others = self.by.clone()
+        others[self.expected] = 0
+        most = float(others[self.start : self.stop].max())
+        return float(self.by[self.expected]) / most if most else math.inf
+
     def touches_grid(self) -> bool:
         moved = self.positions
         return bool(((moved >= self.start) & (moved < self.stop)).any())
@@ -258,11 +265,13 @@ def _guess_sources(site: AttentionSite, inputs: Mapping[str, Tensor]) -> Iterato
 
 
 def _cells(grid: TokenGrid) -> list[Cell]:
-    """Origin, the end of every axis, the far corner, a random cell and one step from it along every axis."""
+    """Origin, the end of every axis, the far corner, two random cells and one step from the last along every axis."""
     t, h, w = (size - 1 for size in grid.sizes)
     generator = torch.Generator().manual_seed(_SEED)
-    picked = [int(torch.randint(0, size, (), generator=generator)) for size in grid.sizes]
-    cells = [(0, 0, 0), (t, 0, 0), (0, h, 0), (0, 0, w), (t, h, w), (picked[0], picked[1], picked[2])]
+    cells = [(0, 0, 0), (t, 0, 0), (0, h, 0), (0, 0, w), (t, h, w)]
+    for _ in range(2):
+        picked = [int(torch.randint(0, size, (), generator=generator)) for size in grid.sizes]
+        cells.append((picked[0], picked[1], picked[2]))
     for axis, size in enumerate(grid.sizes):
         step = list(picked)
         step[axis] += 1 if picked[axis] + 1 < size else -1
@@ -402,7 +411,8 @@ def _judge(site: AttentionSite, moves: Sequence[_Move], input_name: str, *, pack
     if spill.spilled():
         words = (
             f"spills: changing grid cell {spill.cell} moves its own position of the {spill.side} and {spill.spilled()} "
-            "others: an operation other than attention mixes tokens"
+            f"others, its own at least {min(move.lead() for move in moves):.2g} times as far in every cell: "
+            "an operation other than attention mixes tokens"
         )
         return _verdict_of(site, "inconclusive", words, cells=cells)
     words = f"{cells} cells of input '{input_name}' each move their own position alone"

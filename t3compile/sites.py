@@ -24,7 +24,9 @@ Reason = Literal[
 ]
 
 # Reasons under which a call can never be full self-attention over the grid: leaving it dense loses nothing.
-NOT_A_CANDIDATE: frozenset[Reason] = frozenset({"cross-attention", "already-windowed", "other-tokens", "text-queries"})
+NOT_A_CANDIDATE: frozenset[Reason] = frozenset(
+    {"cross-attention", "already-windowed", "other-tokens", "text-queries"}
+)
 
 ITEM_BYTES = {"float64": 8, "float32": 4, "float16": 2, "bfloat16": 2}
 
