@@ -7,6 +7,7 @@ position where the derived layout has that patch. Nothing here looks at how the 
 
 from __future__ import annotations
 
+import functools
 import itertools
 import math
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, fx
 
 from t3compile.errors import PlanError
-from t3compile.execute import watch
+from t3compile.execute import Watcher, watch
 from t3compile.geometry import AXES, TokenGrid
 from t3compile.inputs import named_inputs
 from t3compile.ops import WINDOW_ATTENTION
@@ -33,7 +34,7 @@ _Progress = Callable[[str], None]
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 # Queries and keys of all sites are held while one patch is changed after the other; beyond this, of a site per stack.
-_MOST_ELEMENTS = 2**27
+_MOST_ELEMENTS = 2**24
 # Differences of this many rounding steps are not a move.
 _ROUNDING_STEPS = 16
 # A position that moves so much more than the expected one has the patch in its place.
@@ -308,7 +309,7 @@ class _Watched:
 
     def _run(self, inputs: Mapping[str, Tensor], see: Callable[[str, Tensor], None]) -> None:
         names = dict.fromkeys(self._sources.values())
-        watchers = {name: lambda value, name=name: see(name, value) for name in names}
+        watchers: dict[str, Watcher] = {name: functools.partial(see, name) for name in names}
         watch(self._program, inputs, watchers, cut=self._cut)
 
     def moves(self, axes: Sequence[GridAxis], *, packed: bool) -> dict[str, list[_Move]]:
@@ -319,10 +320,13 @@ class _Watched:
             if changed is None:
                 continue
             by: dict[str, Tensor] = {}
-            self._run(changed, lambda name, value, by=by: by.__setitem__(name, _moved_by(self._before[name], value)))
+            self._run(changed, functools.partial(self._compare, by))
             for site in self._sites:
                 found[site.node] += [self._move(site, cell, side, by) for side in ("queries", "keys")]
         return found
+
+    def _compare(self, by: dict[str, Tensor], name: str, value: Tensor) -> None:
+        by[name] = _moved_by(self._before[name], value)
 
     def _move(self, site: AttentionSite, cell: Cell, side: Side, by: Mapping[str, Tensor]) -> _Move:
         name = self._sources[site.node, side]
@@ -387,6 +391,10 @@ def _judge(site: AttentionSite, moves: Sequence[_Move], input_name: str, *, pack
     if not moves:
         return _verdict_of(site, "inconclusive", f"nothing of input '{input_name}' can be changed")
     cells = len({move.cell for move in moves})
+    short = next((move for move in moves if move.stop > len(move.by)), None)
+    if short is not None:
+        words = f"the {short.side} have {len(short.by)} positions, but the grid would end at {short.stop}"
+        return _verdict_of(site, "contradicted", words, cells=cells)
     if not all(math.isfinite(float(move.by.max())) and math.isfinite(move.floor) for move in moves):
         words = "queries or keys are not finite on the example inputs: give others with --inputs FILE"
         return _verdict_of(site, "inconclusive", words, cells=cells)

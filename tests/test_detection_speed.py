@@ -30,7 +30,7 @@ from t3compile.program import Program, trace
 from t3compile.report import say, show_table
 from tests.tiny_models import HandWrittenDiT
 
-FEW, MANY = 4, 16
+FEW, MANY = 3, 9
 # Work per node may grow by this factor from FEW to MANY blocks; quadratic work would grow by MANY / FEW.
 MOST_GROWTH = 1.2
 DIM, HEADS = 16, 2
