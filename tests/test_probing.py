@@ -149,7 +149,7 @@ def test_a_whole_model_is_confirmed() -> None:
         (joint, {"prefix": 6, "suffix": 1}, "should move position 6 of the keys, but moves 7"),
         (joint, {"query_prefix": 6}, "should move position 6 of the queries, but moves 7"),
         (joint, {"prefix": 0, "query_prefix": 0, "suffix": 7}, "should move position 0 of the queries, but moves 7"),
-        (grid_queries, {"query_prefix": 7}, "should move position 7 of the queries, but moves 0"),
+        (grid_queries, {"query_prefix": 7}, "the queries have 60 positions, but the grid would end at 67"),
         (
             plain,
             {"grid": TokenGrid(3, 5, 4)},
