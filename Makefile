@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench test models check lint types imports wheel clean
+.PHONY: help setup demo bench speed test models check lint types imports wheel clean
 
 help: ## List the targets
 	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
@@ -24,6 +24,9 @@ demo: $(STAMP) ## The whole line on Wan2.1-T2V-1.3B's configuration: load, rewri
 
 bench: $(STAMP) ## The demo's rewritten and full models side by side in onnxruntime, more repeats
 	$(BIN)/python -m t3compile.demo --bench
+
+speed: $(STAMP) ## Seconds that detection, planning and rewriting take at 15, 30 and 60 blocks (some minutes)
+	$(BIN)/python -m tests.test_detection_speed
 
 test: $(STAMP) ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 from torch import Tensor, fx
+from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 
 from t3compile.errors import GridError
 from t3compile.geometry import GridHint, TokenGrid
@@ -27,7 +28,10 @@ from t3compile.passes.read_grid import (
 from t3compile.passes.read_values import ValueReader
 from t3compile.passes.track_layout import LayoutTracker
 from t3compile.program import Program, user_input_names
-from t3compile.sites import NOT_A_CANDIDATE, AttentionSite, Declined, GridAxis, SiteSurvey
+from t3compile.sites import NOT_A_CANDIDATE, AttentionSite, Declined, GridAxis, Reason, SiteSurvey
+
+# Reasons that lie in the call itself: whether a grid fits such a call is not what keeps it full.
+_OF_THE_CALL: frozenset[Reason] = frozenset({"masked", "causal", "dropout", "grouped-query"})
 
 
 @dataclass(frozen=True)
@@ -59,9 +63,8 @@ def find_attention(program: Program, grid: TokenGrid | GridHint | None = None) -
     reader = GridReader(tracker, values, [node for node in graph.nodes if is_tensor_input(node)])
     masks = GridMasks(program, values)
     verdicts = [_judge(call, reader, masks, hint) for call in calls]
-    unfitting = NOT_A_CANDIDATE | {"grid-mismatch"}
-    if hint is not None and calls and all(isinstance(v, Refusal) and v.reason in unfitting for v in verdicts):
-        raise GridError(_no_such_sequence(hint, calls))
+    if hint is not None and calls and not any(isinstance(v, _Tokens) or v.reason in _OF_THE_CALL for v in verdicts):
+        raise GridError(_no_such_sequence(hint, calls, verdicts))
     verdicts = _separate_other_inputs(calls, verdicts, reader)
     sites = [call.node for call, verdict in zip(calls, verdicts, strict=True) if isinstance(verdict, _Tokens)]
     places = dict(zip(sites, place_in_stacks(sites), strict=True))
@@ -87,11 +90,15 @@ def find_attention(program: Program, grid: TokenGrid | GridHint | None = None) -
     )
 
 
-def _no_such_sequence(hint: GridHint, calls: Sequence[AttentionCall]) -> str:
+def _no_such_sequence(hint: GridHint, calls: Sequence[AttentionCall], verdicts: Sequence[_Tokens | Refusal]) -> str:
+    undecided = next((v for v in verdicts if isinstance(v, Refusal) and v.reason == "two-grids"), None)
+    if undecided is not None:
+        return f"--grid {hint} does not say which grid is meant: {undecided.detail}"
     lengths = sorted({call.shape(call.q)[-2] for call in calls})
     return (
         f"grid {hint} has {hint.grid.tokens} tokens, but no self-attention of the model has such a sequence: "
-        f"the attention calls have {', '.join(map(str, lengths))} query tokens"
+        f"the attention calls have {', '.join(map(str, lengths))} query tokens; give TxHxW of that many tokens, and "
+        "TxHxW@START where the grid is a part of the sequence that begins at key START"
     )
 
 
@@ -100,9 +107,18 @@ def _refuse_dynamic_shapes(graph: fx.Graph) -> None:
         value = node.meta.get("val")
         if isinstance(value, Tensor) and not all(isinstance(size, int) for size in value.shape):
             raise GridError(
-                f"the graph has dynamic shapes (first at node '{node.name}', {tuple(value.shape)}): "
-                "window patterns need a fixed token grid, so trace with static shapes"
+                f"the graph has dynamic shapes (first at node '{node.name}', {tuple(value.shape)}): window patterns "
+                f"need a fixed token grid, so trace with static shapes: {_way_to_static_shapes(value)}"
             )
+
+
+def _way_to_static_shapes(value: Tensor) -> str:
+    if any(free_unbacked_symbols(size) for size in value.shape):
+        return (
+            "this size depends on the values of an input, such as a mask; give the model what needs no counting, "
+            "for example text without padding and no mask"
+        )
+    return "t3compile.trace does, and torch.export.export without dynamic_shapes"
 
 
 def _judge(call: AttentionCall, reader: GridReader, masks: GridMasks, hint: GridHint | None) -> _Tokens | Refusal:

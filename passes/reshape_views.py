@@ -27,9 +27,7 @@ class ReshapeViews(GraphPass):
 
     def apply(self, graph_module: fx.GraphModule, program: Program) -> bool:
         views = [
-            node
-            for node in graph_module.graph.nodes
-            if node.target in (aten.view.default, aten._unsafe_view.default)
+            node for node in graph_module.graph.nodes if node.target in (aten.view.default, aten._unsafe_view.default)
         ]
         for node in views:
             node.target = aten.reshape.default

@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from t3compile.pattern import Schedule, WindowPattern
     from t3compile.pipeline import detect, export_onnx, load_engine, load_program, rewrite, trace, verify
     from t3compile.plan import Plan, make_plan
+    from t3compile.probing import ProbeReport, probe
     from t3compile.program import Program
     from t3compile.sites import SiteSurvey
     from t3compile.verification import VerifyReport
@@ -23,6 +24,7 @@ __version__ = "0.1.0"
 # Where each public name lives; a name is imported when it is first used, so that `import t3compile` is instant.
 _HOMES = {
     "Plan": "plan",
+    "ProbeReport": "probing",
     "Program": "program",
     "Schedule": "pattern",
     "SiteSurvey": "sites",
@@ -39,6 +41,7 @@ _HOMES = {
     "load_program": "pipeline",
     "make_plan": "plan",
     "plan_cost": "cost",
+    "probe": "probing",
     "rewrite": "pipeline",
     "trace": "pipeline",
     "verify": "pipeline",
@@ -46,6 +49,7 @@ _HOMES = {
 
 __all__ = [
     "Plan",
+    "ProbeReport",
     "Program",
     "Schedule",
     "SiteSurvey",
@@ -62,6 +66,7 @@ __all__ = [
     "load_program",
     "make_plan",
     "plan_cost",
+    "probe",
     "rewrite",
     "trace",
     "verify",

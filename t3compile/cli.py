@@ -19,6 +19,7 @@ from t3compile.errors import PlanError, T3CompileError
 if TYPE_CHECKING:
     from t3compile.inputs import VideoSize
     from t3compile.plan import Plan
+    from t3compile.probing import ProbeReport
     from t3compile.program import Program
     from t3compile.sites import SiteSurvey
 
@@ -64,9 +65,15 @@ _plan_options = _options(
         "--schedule",
         default="auto",
         show_default=True,
-        help="auto, t3-wan2.1-4k, t3-wan2.2-4k, or splits n_t,n_h,n_w joined by '/'.",
+        help="auto, t3-wan2.1-4k, t3-wan2.2-4k, or splits n_t,n_h,n_w joined by '/'; TxHxW=SCHEDULE;TxHxW=SCHEDULE "
+        "for a model of several grids.",
     ),
     click.option("--min-tokens", type=click.IntRange(min=0), help="Under auto, shorter sequences stay full."),
+)
+_probe_option = click.option(
+    "--probe",
+    is_flag=True,
+    help="Check token layouts by experiment: change single patches of the inputs and see which tokens move.",
 )
 _json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
 
@@ -195,24 +202,47 @@ def _say_what_is_left(survey: SiteSurvey, plan: Plan) -> int:
     return LEFT_FULL if left or not plan.rewritten else 0
 
 
+def _probe(program: Program, survey: SiteSurvey, *, quiet: bool) -> ProbeReport:
+    """Probe the found sites and show the result; exit with 1 where a layout is contradicted."""
+    from t3compile.probing import probe
+    from t3compile.report import progress, say, show_probe
+
+    with progress() as step:
+        report = probe(program, survey, progress=step)
+    if not quiet:
+        show_probe(report)
+    for site in report.having("inconclusive"):
+        say(f"layout not proved: {site.node}: {site.detail}")
+    for site in report.having("contradicted"):
+        say(f"layout contradicted: {site.node}: {site.detail}")
+    if not report.passed:
+        say("nothing was written: detection is wrong about this model; name the grid with --grid, or report it")
+        sys.exit(CHECK_FAILED)
+    return report
+
+
 @main.command()
 @_model_options
 @_grid_option
 @_plan_options
+@_probe_option
 @_json_option
 @_shielded
-def inspect(grid: str | None, schedule: str, min_tokens: int | None, as_json: bool, **options: Any) -> None:
+def inspect(
+    grid: str | None, schedule: str, min_tokens: int | None, probe: bool, as_json: bool, **options: Any
+) -> None:
     """Show attention sites, the grid, the plan, MACs and memory before and after."""
     from t3compile.cost import plan_cost
     from t3compile.report import show_cost, show_json, show_plan, show_survey
 
     program = _load(options)
     survey, plan = _survey_and_plan(program, grid, schedule, min_tokens, None)
+    probed = _probe(program, survey, quiet=as_json) if probe else None
     costs = plan_cost(survey, plan)
     if as_json:
         traced = {"by": program.traced_by, "notes": list(program.notes)}
         parts = {"survey": survey.to_json(), "plan": plan.to_json(), "cost": costs.to_json()}
-        show_json({"traced": traced, **parts})
+        show_json({"traced": traced, **parts, **({} if probed is None else {"probe": probed.to_json()})})
     else:
         show_survey(survey)
         show_plan(survey, plan)
@@ -224,6 +254,7 @@ def inspect(grid: str | None, schedule: str, min_tokens: int | None, as_json: bo
 @_model_options
 @_grid_option
 @_plan_options
+@_probe_option
 @_json_option
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the plan as JSON.")
 @_shielded
@@ -231,6 +262,7 @@ def plan(
     grid: str | None,
     schedule: str,
     min_tokens: int | None,
+    probe: bool,
     as_json: bool,
     output: Path | None,
     **options: Any,
@@ -241,7 +273,10 @@ def plan(
 
     if output is not None:
         check_writable(output)
-    survey, made = _survey_and_plan(_load(options), grid, schedule, min_tokens, None)
+    program = _load(options)
+    survey, made = _survey_and_plan(program, grid, schedule, min_tokens, None)
+    if probe:
+        _probe(program, survey, quiet=as_json)
     if output is not None:
         write_text(output, made.dumps())
         say(f"wrote {output}")
@@ -285,6 +320,7 @@ def cost(
 @_model_options
 @_grid_option
 @_plan_options
+@_probe_option
 @_json_option
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The .pt2 to write.")
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="A plan file instead of --schedule.")
@@ -295,6 +331,7 @@ def rewrite(
     grid: str | None,
     schedule: str,
     min_tokens: int | None,
+    probe: bool,
     as_json: bool,
     output: Path,
     plan_file: Path | None,
@@ -312,6 +349,7 @@ def rewrite(
     check_writable(output)
     program = _load(options)
     survey, chosen = _survey_and_plan(program, grid, schedule, min_tokens, plan_file)
+    probed = _probe(program, survey, quiet=as_json) if probe else None
     rewritten = rewrite_program(program, chosen, portable=portable)
     report = None
     if do_verify and chosen.rewritten:
@@ -329,6 +367,8 @@ def rewrite(
         "cost": plan_cost(survey, chosen).to_json(),
         "verification": None if report is None else report.to_json(),
     }
+    if probed is not None:
+        result["probe"] = probed.to_json()
     if as_json:
         show_json(result)
     else:
@@ -351,10 +391,11 @@ def _say_not_run(report: Any) -> None:
 @main.command()
 @_model_options
 @click.argument("rewritten", type=click.Path(path_type=Path))
+@_probe_option
 @_json_option
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="The plan, if REWRITTEN carries none.")
 @_shielded
-def verify(rewritten: Path, as_json: bool, plan_file: Path | None, **options: Any) -> None:
+def verify(rewritten: Path, probe: bool, as_json: bool, plan_file: Path | None, **options: Any) -> None:
     """Prove that the .pt2 REWRITTEN is MODEL under its plan. Exits with 1 when a check fails."""
     from t3compile.pipeline import load_program
     from t3compile.pipeline import verify as verify_programs
@@ -369,7 +410,7 @@ def verify(rewritten: Path, as_json: bool, plan_file: Path | None, **options: An
     else:
         raise PlanError(f"'{rewritten}' carries no plan: give the one it was made with as --plan FILE")
     with progress() as step:
-        report = verify_programs(program, result, chosen, progress=step)
+        report = verify_programs(program, result, chosen, probe=probe, progress=step)
     if as_json:
         show_json(report.to_json())
     else:

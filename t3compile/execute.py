@@ -5,7 +5,7 @@ So a check never holds all weights; ``float64`` runs the same graph in double pr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -26,6 +26,8 @@ _WIDEST = {
 
 # A stand-in for one call: gets the node and its argument values, returns the result.
 CallHook = Callable[[fx.Node, tuple[Any, ...], dict[str, Any]], Any]
+# Sees the value of one node.
+Watcher = Callable[[Tensor], None]
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class _Executor(fx.Interpreter):
         inputs: Mapping[str, Tensor],
         hooks: Mapping[str, CallHook],
         float64: bool,
+        needed: frozenset[fx.Node] | None = None,
     ) -> None:
         super().__init__(program.exported.graph_module)
         # Errors keep their one sentence.
@@ -50,6 +53,7 @@ class _Executor(fx.Interpreter):
         self._inputs = inputs
         self._hooks = hooks
         self._float64 = float64
+        self._needed = needed
         self._specs = {spec.arg.name: spec for spec in program.exported.graph_signature.input_specs}
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -73,6 +77,8 @@ class _Executor(fx.Interpreter):
         return self._wide(self._program.weights.load(deferred.name).detach())
 
     def run_node(self, n: fx.Node) -> Any:
+        if self._needed is not None and n not in self._needed:
+            return None
         hook = self._hooks.get(n.name)
         if hook is None:
             return _restrided(super().run_node(n), n)
@@ -119,3 +125,56 @@ def execute(
     with torch.no_grad(), default_dtype(torch.float64 if float64 else torch.get_default_dtype()):
         result = executor.run(*(None for _ in placeholders), enable_io_processing=False)
     return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+def watch(
+    program: Program, inputs: Mapping[str, Tensor], watchers: Mapping[str, Watcher], *, cut: Collection[str] = ()
+) -> None:
+    """Run only what the watched nodes are computed from, and show each its watcher.
+
+    ``inputs`` are tensors by placeholder name, ``watchers`` go by node name. Calls named in ``cut`` yield zeros of
+    their traced shape and dtype, and what only they need is not computed.
+    """
+    nodes = {node.name: node for node in program.graph.nodes}
+    needed = _sources([nodes[name] for name in watchers], cut)
+    executor = _Watching(program, inputs, dict.fromkeys(cut, _zeros), watchers, needed)
+    placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
+    with torch.no_grad():
+        executor.run(*(None for _ in placeholders), enable_io_processing=False)
+
+
+class _Watching(_Executor):
+    def __init__(
+        self,
+        program: Program,
+        inputs: Mapping[str, Tensor],
+        hooks: Mapping[str, CallHook],
+        watchers: Mapping[str, Watcher],
+        needed: frozenset[fx.Node],
+    ) -> None:
+        super().__init__(program, inputs, hooks, False, needed)
+        self._watchers = watchers
+
+    def run_node(self, n: fx.Node) -> Any:
+        value = super().run_node(n)
+        if n.name in self._watchers:
+            self._watchers[n.name](value)
+        return value
+
+
+def _zeros(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    return pytree.tree_map_only(Tensor, lambda traced: torch.zeros(traced.shape, dtype=traced.dtype), node.meta["val"])
+
+
+def _sources(nodes: Sequence[fx.Node], cut: Collection[str]) -> frozenset[fx.Node]:
+    """The nodes and all that they are computed from, when the calls in ``cut`` need nothing."""
+    needed: set[fx.Node] = set()
+    pending = list(nodes)
+    while pending:
+        node = pending.pop()
+        if node in needed:
+            continue
+        needed.add(node)
+        if node.name not in cut:
+            pending.extend(node.all_input_nodes)
+    return frozenset(needed)

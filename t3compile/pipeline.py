@@ -39,6 +39,8 @@ from t3compile.passes.split_complex import SplitComplex
 from t3compile.passes.squeeze_unit_axes import SqueezeUnitAxes
 from t3compile.pattern import WindowPattern
 from t3compile.plan import Plan, SitePlan
+from t3compile.probing import SiteProbe
+from t3compile.probing import probe as probe_layouts
 from t3compile.program import Program
 from t3compile.sites import GridAxis, SiteSurvey
 from t3compile.tracing import trace as trace_as_spelled
@@ -128,12 +130,15 @@ def rewrite(program: Program, plan: Plan, *, portable: bool = False) -> Program:
     return LowerWindowAttention()(rewritten).program if portable else rewritten
 
 
-def verify(program: Program, rewritten: Program, plan: Plan, *, progress: Progress = _silent) -> VerifyReport:
+def verify(
+    program: Program, rewritten: Program, plan: Plan, *, probe: bool = False, progress: Progress = _silent
+) -> VerifyReport:
     """Prove that ``rewritten`` is ``program`` under ``plan``.
 
     Splits (1,1,1) give the original bit for bit; every site equals dense attention under its masks; the whole
     model equals the masked original. A model too large for that is retraced on a small grid, where that can be,
-    and its patterns are checked one by one on the real grid.
+    and its patterns are checked one by one on the real grid. ``probe`` also checks by experiment where the tokens of
+    the planned sites stand.
     """
     survey = detect_for(program, plan)
     grid_text = _grids_text(survey)
@@ -159,7 +164,17 @@ def verify(program: Program, rewritten: Program, plan: Plan, *, progress: Progre
     for site in _distinct_patterns(plan, masked):
         progress(f"pattern {site.pattern} on {site.grid}")
         checks.append(check_pattern(site, masked=site.node in masked))
+    if probe:
+        layouts = probe_layouts(program, survey, progress=progress)
+        checks += [_layout_check(site) for site in layouts.sites if site.verdict != "inconclusive"]
+        not_run += [f"layout of '{site.node}': {site.detail}" for site in layouts.having("inconclusive")]
     return VerifyReport(grid_text, tuple(checks), tuple(not_run))
+
+
+def _layout_check(site: SiteProbe) -> Check:
+    """A probed layout as a check: whether it is contradicted, at the number of changed cells."""
+    name = f"{site.node}: {site.detail}"
+    return Check("layout", name, float(site.verdict == "contradicted"), 0.0, float(site.cells))
 
 
 def _grids_text(survey: SiteSurvey) -> str:
@@ -188,7 +203,11 @@ def _small_case(program: Program, survey: SiteSurvey, plan: Plan) -> _SmallCase 
     if program.retrace is None:
         macs = graph_macs(program.graph) / 1e12
         return f"a saved graph has one size, and this one's {macs:,.1f} T MACs are too many for dense references"
-    if len(survey.grid_axes) not in (2, 3) or len(survey.grids) != 1:
+    if len(survey.grids) > 1:
+        return (
+            f"the sites have {len(survey.grids)} grids ({_grids_text(survey)}), and no one small grid stands for them"
+        )
+    if len(survey.grid_axes) not in (2, 3) or not survey.grids:
         return "the graph does not tell which input axes make the grid"
     named = _shrunk(named_inputs(program), survey.grid_axes, survey.grids[0])
     try:

@@ -22,7 +22,8 @@ LAUNCH_LIMIT = 65_535
 # fp16 sums over more keys than this overflow in fused kernels.
 FP16_KEY_LIMIT = 65_504
 
-ScheduleChoice = str | Schedule | Sequence[tuple[int, int, int]]
+# A mapping gives every grid its own; sites of a grid that it leaves out stay full.
+ScheduleChoice = str | Schedule | Sequence[tuple[int, int, int]] | Mapping[TokenGrid, str | Schedule]
 
 
 @dataclass(frozen=True)
@@ -236,8 +237,28 @@ def _site_from_json(data: object, position: int) -> SitePlan:
         raise PlanError(f"{where} ('{fields['node']}'): {error}") from None
 
 
-def parse_schedule(text: str) -> str | Schedule:
-    """Read a schedule from the command line: ``auto``, a preset's name, or splits ``5,1,1/1,3,4``."""
+def parse_schedule(text: str) -> str | Schedule | Mapping[TokenGrid, str | Schedule]:
+    """Read a schedule from the command line: ``auto``, a preset's name, or splits ``5,1,1/1,3,4``.
+
+    ``TxHxW=SCHEDULE;TxHxW=SCHEDULE`` gives every grid its own.
+    """
+    if "=" not in text:
+        return _parse_one_schedule(text)
+    by_grid: dict[TokenGrid, str | Schedule] = {}
+    for part in text.split(";"):
+        name, equals, schedule = part.partition("=")
+        if not equals:
+            raise PatternError(
+                f"schedule '{text}': '{part}' names no grid; write for example 21x30x52=5,1,1/1,3,4;21x15x26=auto"
+            )
+        grid = TokenGrid.parse(name)
+        if grid in by_grid:
+            raise PatternError(f"schedule '{text}' names grid {grid} twice; leave one out")
+        by_grid[grid] = _parse_one_schedule(schedule.strip())
+    return by_grid
+
+
+def _parse_one_schedule(text: str) -> str | Schedule:
     if not any(character.isdigit() for character in text) or "-" in text:
         return text
     triples: list[tuple[int, int, int]] = []
@@ -255,25 +276,75 @@ def make_plan(survey: SiteSurvey, schedule: ScheduleChoice = "auto", *, min_toke
     """Choose a pattern for every found site; a pure function of integers.
 
     ``schedule`` is "auto" (the preset trained at the site's grid, else a generated schedule), a preset's
-    name, a Schedule, or a list of (n_t, n_h, n_w). Under "auto" a site with fewer than ``min_tokens`` grid
-    tokens stays full. Raises PatternError when a schedule does not fit a grid.
+    name, a Schedule, a list of (n_t, n_h, n_w), or a mapping from grids to names and Schedules; sites of grids
+    that the mapping leaves out stay full. Under "auto" a site with fewer than ``min_tokens`` grid tokens stays
+    full. Raises PatternError when a schedule does not fit a grid.
     """
-    if not isinstance(schedule, str | Schedule):
-        schedule = Schedule.from_splits([(t, h, w) for t, h, w in schedule])
+    by_grid = _schedules_by_grid(survey, schedule)
     generated: dict[tuple[TokenGrid, int, int], Schedule] = {}
     names: dict[str, None] = {}
     sites = []
     for site in survey.found:
-        if schedule == "auto" and site.grid.tokens < min_tokens:
+        choice = by_grid.get(site.grid)
+        if choice is None:
+            reason = f"the schedule has no patterns for grid {site.grid}"
+            sites.append(SitePlan.of_site(site, None, reason))
+            continue
+        if choice == "auto" and site.grid.tokens < min_tokens:
             reason = f"too short: {site.grid.tokens} tokens, windows gain nothing below {min_tokens}"
             sites.append(SitePlan.of_site(site, None, reason))
             continue
-        chosen = _schedule_for(site, schedule, generated)
+        chosen = _schedule_for(site, choice, generated)
         names[chosen.name] = None
         pattern = chosen.pattern_at(site.index)
         sites.append(SitePlan.of_site(site, pattern))
-    fallback = schedule if isinstance(schedule, str) else schedule.name
+    fallback = schedule.name if isinstance(schedule, Schedule) else schedule if isinstance(schedule, str) else "custom"
     return Plan(survey.fingerprint, "+".join(names) or fallback, tuple(sites))
+
+
+def _schedules_by_grid(survey: SiteSurvey, schedule: ScheduleChoice) -> Mapping[TokenGrid, str | Schedule]:
+    """The schedule of every grid of the survey; PatternError where one cannot be the schedule of its grid."""
+    if isinstance(schedule, Mapping):
+        unknown = [grid for grid in schedule if grid not in survey.grids]
+        if unknown:
+            raise PatternError(
+                f"the schedule names grid {unknown[0]}, but the sites have {_grids_text(survey) or 'none'}: "
+                "name one of these, or leave it out"
+            )
+        return schedule
+    if not isinstance(schedule, str | Schedule):
+        schedule = Schedule.from_splits([(t, h, w) for t, h, w in schedule])
+    by_grid = dict.fromkeys(survey.grids, schedule)
+    if len(by_grid) > 1:
+        _check_fits_all(survey, schedule)
+    return by_grid
+
+
+def _check_fits_all(survey: SiteSurvey, schedule: str | Schedule) -> None:
+    """Raise PatternError, with the way out, where sites of several grids cannot share this schedule."""
+    if schedule == "auto":
+        return
+    if isinstance(schedule, str):
+        preset_named(schedule)
+    try:
+        for site in survey.found:
+            _schedule_for(site, schedule, {})
+    except PatternError as error:
+        first = survey.grids[0]
+        raise PatternError(
+            f"{error}; the model has sites of several grids, {_grids_text(survey)}: give each grid its own schedule, "
+            f"such as --schedule '{';'.join(f'{grid}=auto' for grid in survey.grids)}', or only some, such as "
+            f"'{first}=auto': sites of the others stay full"
+        ) from None
+
+
+def _grids_text(survey: SiteSurvey) -> str:
+    """Every grid with its number of sites and the first of them."""
+    texts = []
+    for grid in survey.grids:
+        sites = [site for site in survey.found if site.grid == grid]
+        texts.append(f"{grid} ({len(sites)} site{'s' * (len(sites) > 1)} from '{sites[0].node}')")
+    return " and ".join(texts)
 
 
 def _schedule_for(

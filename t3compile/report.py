@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from t3compile.cost import Cost
 from t3compile.geometry import FRAME_MAJOR, TokenGrid
 from t3compile.plan import Plan
+from t3compile.probing import ProbeReport
 from t3compile.sites import AttentionSite, SiteSurvey
 from t3compile.verification import VerifyReport
 
@@ -227,3 +228,16 @@ def show_verification(report: VerifyReport) -> None:
     ]
     columns = ("check", "what", "error", "allowed", "magnitude", "result")
     show_table(f"Verification on grid {report.grid}", columns, rows)
+
+
+def show_probe(report: ProbeReport) -> None:
+    """What probing says of every site; equal results are shown as one row with their number."""
+    rows: dict[tuple[str, ...], int] = {}
+    for site in report.sites:
+        key = (site.stack or "-", str(site.grid), site.verdict, site.detail)
+        rows[key] = rows.get(key, 0) + 1 + len(site.stands_for)
+    show_table(
+        f"Token layouts by experiment: {len(report.sites)} sites probed",
+        ("sites", "module", "grid", "layout", "detail"),
+        [(str(number), *key) for key, number in rows.items()],
+    )
