@@ -175,10 +175,12 @@ def _survey_and_plan(
     return survey, chosen
 
 
-def _warn_of_limits(survey: SiteSurvey, plan: Plan) -> None:
+def _say_assumptions_and_limits(survey: SiteSurvey, plan: Plan) -> None:
     from t3compile.plan import plan_warnings
     from t3compile.report import SMALL_GAIN_TOKENS, T3_WARNING, say
 
+    for assumption in survey.assumptions:
+        say(f"assumed: {assumption}")
     for warning in plan_warnings(survey, plan):
         say(f"warning: {warning}")
     tokens = max((site.tokens for site in survey.found), default=0)
@@ -247,7 +249,7 @@ def inspect(
         show_survey(survey)
         show_plan(survey, plan)
         show_cost(costs)
-    _warn_of_limits(survey, plan)
+    _say_assumptions_and_limits(survey, plan)
 
 
 @main.command()
@@ -284,7 +286,7 @@ def plan(
         show_json(made.to_json())
     else:
         show_plan(survey, made)
-    _warn_of_limits(survey, made)
+    _say_assumptions_and_limits(survey, made)
     sys.exit(_say_what_is_left(survey, made))
 
 
@@ -376,7 +378,7 @@ def rewrite(
         if report is not None:
             show_verification(report)
     _say_not_run(report)
-    _warn_of_limits(survey, chosen)
+    _say_assumptions_and_limits(survey, chosen)
     left = _say_what_is_left(survey, chosen)
     sys.exit(CHECK_FAILED if report is not None and not report.passed else left)
 
