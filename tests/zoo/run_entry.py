@@ -246,8 +246,8 @@ def _in_words(grids: Iterable[TokenGrid]) -> str:
 
 
 def _why_declined(survey: SiteSurvey) -> str:
-    """The first call that was declined although it might have been a site."""
-    first = next((call for call in survey.declined if call.is_candidate), None)
+    """The first call that was declined, rather one that might have been a site."""
+    first = min(survey.declined, key=lambda call: not call.is_candidate, default=None)
     return "" if first is None else f"; {first.reason}: {first.detail}"
 
 
