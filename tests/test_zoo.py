@@ -196,14 +196,15 @@ def test_the_reference_reads_every_spelling(spelling: str) -> None:
     if spelling == "module":
         model.attention_calls = lambda: [model.attention]  # type: ignore[assignment]
     inputs = {"x": torch.randn(1, 2, *GRID.sizes)}
-    full, calls = run_windowed(model, inputs, {})
+    modules = spelling == "module"
+    full, calls = run_windowed(model, inputs, {}, modules=modules)
     last = len(calls) - 1
     assert calls[last] == EagerCall("sdpa" if spelling == "grouped" else spelling, 24, 24)  # type: ignore[arg-type]
     everything = torch.ones(24, 24, dtype=torch.bool)
-    same, again = run_windowed(model, inputs, {last: [everything, everything]})
+    same, again = run_windowed(model, inputs, {last: [everything, everything]}, modules=modules)
     assert again == calls
     assert (same - full).abs().max() <= 4 * torch.finfo(torch.float32).eps * full.abs().max()
-    single, _ = run_windowed(model, inputs, {last: [torch.eye(24, dtype=torch.bool)]})
+    single, _ = run_windowed(model, inputs, {last: [torch.eye(24, dtype=torch.bool)]}, modules=modules)
     tokens = model.patchify(inputs["x"]).flatten(2).transpose(1, 2)
     with torch.no_grad():
         q, k, v = (y.unflatten(-1, (2, 4)).transpose(1, 2) for y in model.qkv[0](tokens).chunk(3, dim=-1))

@@ -168,7 +168,9 @@ class _Eager:
     calls: list[EagerCall]
 
     @classmethod
-    def of(cls, entry: ZooEntry, windows: Mapping[int, Sequence[Tensor]] | None = None) -> _Eager:
+    def of(
+        cls, entry: ZooEntry, windows: Mapping[int, Sequence[Tensor]] | None = None, *, modules: bool = False
+    ) -> _Eager:
         windows = windows or {}
 
         def run(
@@ -179,7 +181,7 @@ class _Eager:
                 inputs = change(inputs)
             with default_dtype(dtype):
                 model = model.double() if dtype == torch.float64 else model
-                output, calls = run_windowed(model, inputs, windows, widest=widest)
+                output, calls = run_windowed(model, inputs, windows, widest=widest, modules=modules)
             return _tensors(output), calls
 
         plain, calls = run()
@@ -246,8 +248,8 @@ def _in_words(grids: Iterable[TokenGrid]) -> str:
 
 
 def _why_declined(survey: SiteSurvey) -> str:
-    """The first call that was declined although it might have been a site."""
-    first = next((call for call in survey.declined if call.is_candidate), None)
+    """The first call that was declined, rather one that might have been a site."""
+    first = min(survey.declined, key=lambda call: not call.is_candidate, default=None)
     return "" if first is None else f"; {first.reason}: {first.detail}"
 
 
@@ -289,6 +291,9 @@ def _compare_windows(run: _Run, program: Program, survey: SiteSurvey, plan: Plan
     declined = {call.node: (call.query_tokens, call.key_tokens) for call in survey.declined}
     calls = dict(sorted((found | declined).items(), key=lambda item: places[item[0]]))
     matched = match_calls(eager.calls, list(calls.values()))
+    modules = isinstance(matched, str) and hasattr(run.entry.make()[0], "attention_calls")
+    if modules:
+        matched = match_calls(_Eager.of(run.entry, modules=True).calls, list(calls.values()))
     if isinstance(matched, str):
         raise StageError(matched)
     number_of = dict(zip(calls, matched, strict=True))
@@ -297,7 +302,7 @@ def _compare_windows(run: _Run, program: Program, survey: SiteSurvey, plan: Plan
         planned = plan.site(site.node)
         assert planned is not None and planned.pattern is not None
         windows[number_of[site.node]] = window_masks(site, planned.pattern)
-    reference = _Eager.of(run.entry, windows)
+    reference = _Eager.of(run.entry, windows, modules=modules)
     checks = reference.checks(execute(run.rewritten, named_inputs(run.rewritten)))
     run.passed("windows", checks)
     effect = max(

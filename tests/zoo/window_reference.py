@@ -7,7 +7,7 @@ scaled_dot_product_attention, a softmax over scores [.., Q, K], or a submodule t
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 from unittest.mock import patch
@@ -173,9 +173,8 @@ def _of_window(mask: Any, queries: Tensor, keys: Tensor, shape: torch.Size) -> A
 @contextmanager
 def _watched_modules(model: nn.Module, mode: _AttentionMode) -> Iterator[None]:
     """Submodules that a hand-written model lists as its attention go through the mode."""
-    listed = list(model.attention_calls()) if hasattr(model, "attention_calls") else []
     with ExitStack() as stack:
-        for module in listed:
+        for module in model.attention_calls():
             forward = module.forward
 
             def watched(q: Tensor, k: Tensor, v: Tensor, *masks: Any, _forward: Any = forward) -> Tensor:
@@ -191,13 +190,16 @@ def run_windowed(
     windows: Mapping[int, Sequence[Tensor]],
     *,
     widest: torch.dtype = torch.float64,
+    modules: bool = False,
 ) -> tuple[Any, list[EagerCall]]:
     """The model's output with attention call number i under the masks ``windows[i]``, and all its calls in order.
 
-    The replaced attention is computed in ``widest``. Without windows it is the model as it is.
+    The replaced attention is computed in ``widest``. Without windows it is the model as it is. ``modules`` takes the
+    submodules of ``model.attention_calls()`` for its calls, for spellings without a softmax.
     """
     mode = _AttentionMode(windows, widest)
-    with torch.no_grad(), _watched_modules(model, mode), mode:
+    watched = _watched_modules(model, mode) if modules else nullcontext()
+    with torch.no_grad(), watched, mode:
         output = model(**inputs)
     return output, mode.calls
 
@@ -208,8 +210,8 @@ def match_calls(eager: Sequence[EagerCall], graph: Sequence[tuple[int, int]]) ->
     ``graph`` lists (query tokens, key tokens) in graph order. A softmax of the eager model may be left over, since
     models take softmaxes of other things too; other calls may not.
     """
-    for spellings in (("module",), ("sdpa",)):
-        numbers = [number for number, call in enumerate(eager) if call.spelling in spellings]
+    for spelling in ("module", "sdpa"):
+        numbers = [number for number, call in enumerate(eager) if call.spelling == spelling]
         if numbers and [eager[number].tokens for number in numbers] == list(graph):
             return numbers
     matched: list[int] = []
