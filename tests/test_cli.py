@@ -129,7 +129,11 @@ def test_results_are_on_stdout_and_messages_on_stderr(line: Line) -> None:
 
 def test_inspect_tells_sites_grid_plan_and_cost(line: Line) -> None:
     result = line.json("inspect")
-    assert set(result) == {"survey", "plan", "cost"}
+    assert set(result) == {"traced", "survey", "plan", "cost"}
+    assert result["traced"] == {
+        "by": "torch.export, non-strict (not compared with eager: the weights are not in memory)",
+        "notes": ["no VAE configuration was found beside the model: using VAE factors 4x8x8 (time x height x width)"],
+    }
     assert [site["grid"] for site in result["survey"]["found"]] == [[3, 4, 6]] * 2
     assert {call["reason"] for call in result["survey"]["declined"]} == {"cross-attention"}
     # (3,1,1) merged: a third; (1,2,3) twice a sixth: a third.
@@ -238,7 +242,7 @@ def _refused(result: Result, *texts: str) -> None:
     assert result.exit_code == 2, (result.stdout, result.stderr, result.exception)
     assert result.stdout == ""
     assert "Traceback" not in result.stderr
-    lines = [line for line in result.stderr.splitlines() if not line.startswith(("... ", "note: "))]
+    lines = [line for line in result.stderr.splitlines() if not line.startswith(("... ", "note: ", "traced by "))]
     assert len(lines) == 1, result.stderr
     assert lines[0].startswith("error: ")
     assert [text for text in texts if text not in lines[0]] == []
