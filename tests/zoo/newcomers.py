@@ -118,9 +118,7 @@ class PackedBlock(nn.Module):
 class UShapedVideoTransformer(nn.Module):
     """A fine and a coarse stage, each with registers in front and learned positions."""
 
-    def __init__(
-        self, channels: int = 4, dim: int = 32, heads: int = 2, grid: tuple[int, int, int] = (3, 4, 6)
-    ) -> None:
+    def __init__(self, channels: int = 4, dim: int = 32, heads: int = 2, grid: TokenGrid = GRID) -> None:
         super().__init__()
         t, h, w = grid.sizes
         self.grid = grid.sizes
