@@ -260,7 +260,7 @@ def _given(call: AttentionCall, reader: GridReader, hint: GridHint) -> _Tokens |
             )
         start = fitting[0]
         segment = keys.segments[starts.index(start)]
-        if len(segment) > 1:
+        if len(segment) > 1 and any(digit.origin.is_known for digit in segment):
             return Refusal("grid-mismatch", f"the tokens are {describe_tokens(Axis((segment,)))}")
     else:
         start = hint.start

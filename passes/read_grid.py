@@ -86,6 +86,8 @@ class GridReader:
             return refusal
         if is_flat(segment):
             return self._packed(segment, start)
+        if len(segment) == 1:
+            return Refusal("no-grid", f"the tokens are one axis cut into patches: {describe_tokens(Axis((segment,)))}")
         by_axis = sorted(segment, key=lambda digit: digit.origin.axis)
         names = dict(zip(by_axis, AXES[-len(by_axis) :], strict=True))
         sizes = tuple(digit.size for digit in by_axis)

@@ -101,7 +101,13 @@ def _restrided(value: Any, node: fx.Node) -> Any:
     traced = node.meta.get("val")
     if not isinstance(value, Tensor) or not isinstance(traced, Tensor) or value.stride() == traced.stride():
         return value
-    return torch.empty_strided(value.shape, traced.stride(), dtype=value.dtype).copy_(value)
+    repeated = [
+        dim for dim, (size, step) in enumerate(zip(value.shape, traced.stride(), strict=True)) if step == 0 < size
+    ]
+    once = value
+    for dim in repeated:
+        once = once.narrow(dim, 0, 1)
+    return torch.empty_strided(once.shape, traced.stride(), dtype=value.dtype).copy_(once).expand(value.shape)
 
 
 def _widest(dtype: torch.dtype) -> torch.dtype:

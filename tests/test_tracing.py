@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import functools
 import inspect
 import random
 from pathlib import Path
@@ -444,3 +445,49 @@ def test_capture_refuses() -> None:
     with t3compile.capture(Pipeline(model=net)) as record:
         net(X, MASK)
     assert record.module is net
+
+
+class _Table:
+    """A lazy table as plain objects keep it, callable like a module."""
+
+    def __init__(self) -> None:
+        self.rows: Tensor | None = None
+
+    def __call__(self, index: Tensor) -> Tensor:
+        if self.rows is None:
+            self.rows = torch.arange(8.0).sqrt()
+        return self.rows[index]
+
+
+def test_caches_in_callable_plain_objects_are_put_back() -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table = _Table()
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x * self.table(torch.arange(4))
+
+    model = Model().eval()
+    x = torch.randn(2, 4)
+    program = t3compile.trace(model, (x,))
+    assert model.table.rows is None
+    assert torch.equal(program.module()(x), model(x))
+
+
+class _Cached(nn.Module):
+    @functools.lru_cache(maxsize=8)  # noqa: B019
+    def rows(self, count: int) -> Tensor:
+        return torch.arange(float(count)).sqrt()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.rows(4)
+
+
+def test_what_functools_cached_meanwhile_is_forgotten() -> None:
+    model = _Cached().eval()
+    x = torch.randn(2, 4)
+    program = t3compile.trace(model, (x,))
+    assert _Cached.rows.cache_info().currsize == 0
+    assert torch.equal(model(x), x * torch.arange(4.0).sqrt())
+    assert torch.equal(program.module()(x), model(x))

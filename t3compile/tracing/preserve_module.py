@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import sys
 from collections import OrderedDict, defaultdict, deque
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import _lru_cache_wrapper, partial
+from types import FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -12,6 +15,7 @@ from torch import Tensor, nn
 
 from t3compile.program import is_fake
 
+_LIBRARIES = ("torch", "builtins", "numpy")
 _CONTAINERS: tuple[type, ...] = (dict, OrderedDict, defaultdict, list, set, deque)
 
 
@@ -36,6 +40,7 @@ class _State:
         self._attributes: list[tuple[Any, dict[str, Any]]] = []
         self._containers: list[tuple[Any, Any]] = []
         self._tensors: list[tuple[Tensor, int, Tensor]] = []
+        self._caches: dict[int, tuple[Any, int]] = {}
 
     def remember(self, value: Any) -> None:
         if id(value) in self._seen:
@@ -56,10 +61,27 @@ class _State:
                 self.remember(item)
         elif _holds_attributes(value):
             self._attributes.append((value, dict(vars(value))))
+            for kind in type(value).__mro__:
+                self._remember_caches(kind)
             for item in list(vars(value).values()):
                 self.remember(item)
 
+    def _remember_caches(self, kind: type) -> None:
+        """What functools caches for the methods of a class and the functions beside it."""
+        if id(kind) in self._seen or kind.__module__.partition(".")[0] in _LIBRARIES:
+            return
+        self._seen.add(id(kind))
+        beside = vars(sys.modules[kind.__module__]) if kind.__module__ in sys.modules else {}
+        for function in (*vars(kind).values(), *beside.values()):
+            cached = getattr(function, "__func__", function)
+            if isinstance(cached, _lru_cache_wrapper):
+                self._caches[id(cached)] = (cached, cached.cache_info().misses)
+
     def restore(self) -> None:
+        for cached, misses in self._caches.values():
+            # What was computed meanwhile may be of a trace; it is computed again when it is needed.
+            if cached.cache_info().misses != misses:
+                cached.cache_clear()
         for owner, attributes in self._attributes:
             present = vars(owner)
             if not _same(present, attributes):
@@ -92,4 +114,5 @@ def _holds_attributes(value: object) -> bool:
         return True
     kind = type(value)
     is_plain = kind.__setattr__ is object.__setattr__ and hasattr(value, "__dict__")
-    return is_plain and not callable(value) and kind.__module__.partition(".")[0] not in ("torch", "builtins", "numpy")
+    is_code = isinstance(value, type | FunctionType | MethodType | partial)
+    return is_plain and not is_code and kind.__module__.partition(".")[0] not in _LIBRARIES

@@ -110,7 +110,7 @@ def _trace_call(call: TracedCall, strategies: tuple[Strategy, ...], weights: Wei
     for strategy in strategies:
         try:
             # torch prints a whole graph where it stops at values that forward reads.
-            with quiet_torch(), redirect_stderr(io.StringIO()), torch.no_grad(), preserved(call.module):
+            with quiet_torch(), redirect_stderr(io.StringIO()), torch.no_grad():
                 exported, frozen, not_compared = _attempt(strategy, attempts)
         except Exception as error:
             is_plain = isinstance(error, _RefusedError | ReadsActivationsError)
@@ -164,7 +164,8 @@ def _attempt(strategy: Strategy, attempts: _Attempts) -> tuple[ExportedProgram, 
         raise _RefusedError("it needs real weights, and these are not in memory")
     if attempts.reads_data and not strategy.helps_with_data:
         raise _RefusedError("it cannot get past values that forward reads either")
-    exported, frozen = strategy.run(call)
+    with preserved(call.module):
+        exported, frozen = strategy.run(call)
     exported = functionalized(exported)
     _require_static(exported.graph)
     if not call.is_real:
