@@ -18,6 +18,7 @@ from t3compile.passes.expand_attention import ExpandAttention
 from t3compile.passes.fold_constants import FoldConstants
 from t3compile.passes.fold_factorizations import FoldFactorizations
 from t3compile.passes.graph_pass import GraphPass
+from t3compile.passes.reshape_views import ReshapeViews
 from t3compile.passes.search_by_counting import SearchByCounting
 from t3compile.passes.select_booleans import SelectBooleans
 from t3compile.passes.sort_plainly import SortPlainly
@@ -123,6 +124,18 @@ def test_a_value_over_the_limit_stays_a_call_and_what_it_needs_is_folded() -> No
     assert count(program, aten.outer) == count(folded, aten.outer) == 1
 
 
+def test_equal_tables_are_one_constant_under_many_shapes() -> None:
+    def layers(x: Tensor) -> Tensor:
+        rows = torch.arange(5.0).cos()
+        spread = rows.sin()[:, None].expand(5, 5)[:, 1:].flatten(1)
+        return x * rows[:, None] + x.T @ torch.arange(5.0).cos().view(5, 1) + rows.sin()[None] + spread.sum(1)
+
+    folded = fired(FoldConstants(), traced(layers, randn(5, 5)))
+    used = [node for node in folded.graph.nodes if node.op == "placeholder" and node.users]
+    assert [node.name.split("_")[0] for node in used] == ["c", "c", "c", "inputs"]
+    assert count(folded, aten.cos, aten.sin) == 0
+
+
 def test_calls_that_only_fill_or_repeat_stay() -> None:
     program = traced(lambda x: x + torch.full((4, 5), 2.0) + torch.arange(5).expand(4, 5), randn(4, 5))
     assert_does_not_fire(FoldConstants(), program)
@@ -177,7 +190,22 @@ def test_numbers_are_not_chosen_by_logic() -> None:
     assert_does_not_fire(SelectBooleans(), program)
 
 
-# --- attention
+# --- views and attention
+
+
+def test_views_of_attention_become_reshapes(tmp_path: Path) -> None:
+    def attend(q: Tensor, mask: Tensor) -> Tensor:
+        out = scaled_dot_product_attention(q, q, q, mask).transpose(1, 2)
+        return out.reshape(2, 5, 24)
+
+    program = traced(attend, randn(2, 3, 5, 8), randn(2, 1, 1, 5) > 0)
+    legal = fired(ReshapeViews(), program)
+    assert count(legal, aten.view, aten._unsafe_view) == 0
+    assert_same_in_onnx(program, tmp_path)
+
+
+def test_graphs_without_views_are_left() -> None:
+    assert_does_not_fire(ReshapeViews(), traced(lambda x: x.transpose(0, 1) + 1, randn(3, 4)))
 
 
 def test_attention_gets_four_axes_and_equal_heads(tmp_path: Path) -> None:
@@ -277,6 +305,7 @@ COMPLEX = {
     "lists": lambda z, y: (*z.split([1, 3], -1), *z.chunk(2, 1), *z.unbind(-2), torch.cat([z, y], -1)),
     "joins": lambda z, y: (torch.stack([z, y.real], -1), z.expand(2, 3, 4), z.repeat(2, 1), z.flip(-1), z.roll(1, -1)),
     "matmul": lambda z, y: (z @ y.T, torch.where(z.real > 0, z, y), torch.zeros_like(z)),
+    "fills": lambda z, y: (z.new_full((2, 4), 1 - 1j) + z[:2], torch.ones_like(y) * z, z.new_zeros(3, 1) + z),
     "casts": lambda z, y: (z.to(torch.complex128) * y, z.real.to(torch.complex64) + y, torch.polar(z.abs(), y.real)),
     "rope": lambda z, y: torch.view_as_real(torch.view_as_complex(torch.stack([z.real, y.real], -1)) * y).flatten(1),
 }
