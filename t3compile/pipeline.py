@@ -29,10 +29,10 @@ from t3compile.passes.interleave_slices import InterleaveSlices
 from t3compile.passes.legalize_window_attention import LegalizeWindowAttention
 from t3compile.passes.lower_window_attention import LowerWindowAttention
 from t3compile.passes.mix_precision import MixPrecision
-from t3compile.passes.reshape_views import ReshapeViews
 from t3compile.passes.rewrite_attention import RewriteAttention
 from t3compile.passes.search_by_counting import SearchByCounting
 from t3compile.passes.select_booleans import SelectBooleans
+from t3compile.passes.settle_strides import SettleStrides
 from t3compile.passes.sort_plainly import SortPlainly
 from t3compile.passes.split_complex import SplitComplex
 from t3compile.passes.squeeze_unit_axes import SqueezeUnitAxes
@@ -70,7 +70,7 @@ ONNX_LEGALIZATION: tuple[GraphPass, ...] = (
     BroadcastMasks(),  # onnxruntime's Attention does not broadcast them over queries
     ForwardCopies(),  # before the next: it uncovers the sources that interleaving stacks
     InterleaveSlices(),  # before the exporter would make ScatterND of it
-    ReshapeViews(),  # after all that makes views; the exporter's own trace gives other strides
+    SettleStrides(),  # after all that makes views; the exporter's own trace may give other strides
     LegalizeWindowAttention(),  # last: nothing below knows the symbolic node
 )
 

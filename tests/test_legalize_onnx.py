@@ -18,9 +18,9 @@ from t3compile.passes.expand_attention import ExpandAttention
 from t3compile.passes.fold_constants import FoldConstants
 from t3compile.passes.fold_factorizations import FoldFactorizations
 from t3compile.passes.graph_pass import GraphPass
-from t3compile.passes.reshape_views import ReshapeViews
 from t3compile.passes.search_by_counting import SearchByCounting
 from t3compile.passes.select_booleans import SelectBooleans
+from t3compile.passes.settle_strides import SettleStrides
 from t3compile.passes.sort_plainly import SortPlainly
 from t3compile.passes.split_complex import SplitComplex
 from t3compile.passes.squeeze_unit_axes import SqueezeUnitAxes
@@ -199,13 +199,13 @@ def test_views_of_attention_become_reshapes(tmp_path: Path) -> None:
         return out.reshape(2, 5, 24)
 
     program = traced(attend, randn(2, 3, 5, 8), randn(2, 1, 1, 5) > 0)
-    legal = fired(ReshapeViews(), program)
+    legal = fired(SettleStrides(), program)
     assert count(legal, aten.view, aten._unsafe_view) == 0
     assert_same_in_onnx(program, tmp_path)
 
 
 def test_graphs_without_views_are_left() -> None:
-    assert_does_not_fire(ReshapeViews(), traced(lambda x: x.transpose(0, 1) + 1, randn(3, 4)))
+    assert_does_not_fire(SettleStrides(), traced(lambda x: x.transpose(0, 1) + 1, randn(3, 4)))
 
 
 def test_attention_gets_four_axes_and_equal_heads(tmp_path: Path) -> None:
