@@ -419,9 +419,19 @@ def _where(c: _Call) -> fx.Node | None:
 
 
 def _pad(c: _Call) -> fx.Node | None:
-    if c.argument(2, "value", 0) != 0:
+    mode, value = ("constant", c.argument(2, "value", 0))
+    if is_call(c.node, aten.pad):
+        mode, value = c.argument(2, "mode", "constant"), c.argument(3, "value", 0)
+    if mode != "constant" or value not in (0, None):
         return None
     return c.call(aten.constant_pad_nd.default, c.first(), [0, 0, *c.argument(1, "pad")], 0.0)
+
+
+def _pad_sequence(c: _Call) -> fx.Node | None:
+    if c.argument(2, "padding_value", 0.0) != 0:
+        return None
+    pairs = [c.pair(x) for x in c.node.args[0]]  # type: ignore[union-attr]
+    return c.call(aten.pad_sequence.default, pairs, *c.node.args[1:], **c.node.kwargs)
 
 
 def _flip(c: _Call) -> fx.Node | None:
@@ -510,6 +520,8 @@ _SPELLINGS: dict[Any, Callable[[_Call], fx.Node | None]] = {
     aten.index_put: _index_put,
     aten.where: _where,
     aten.constant_pad_nd: _pad,
+    aten.pad: _pad,
+    aten.pad_sequence: _pad_sequence,
     aten.flip: _flip,
     aten.roll: _roll,
     aten.full: _filled(),
