@@ -13,6 +13,7 @@ Output graph:
 
 from __future__ import annotations
 
+import hashlib
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -22,7 +23,7 @@ from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export.graph_signature import InputKind
 
-from t3compile.passes.graph_pass import GraphPass, insert_constant, is_call
+from t3compile.passes.graph_pass import GraphPass, insert_constant, is_call, replace_node
 from t3compile.program import Program
 
 aten = torch.ops.aten
@@ -31,14 +32,33 @@ aten = torch.ops.aten
 _FILLS = (aten.arange, aten.full, aten.ones, aten.zeros, aten.empty, aten.scalar_tensor)
 _FILLS_LIKE = (aten.full_like, aten.ones_like, aten.zeros_like, aten.empty_like)
 _FILLS_NEW = (aten.new_full, aten.new_ones, aten.new_zeros, aten.new_empty)
-_REPEATS = (aten.expand, aten.repeat)
+_REPEATS = (aten.repeat, aten.tile)
+# One constant under many shapes stays one constant.
+_RESHAPES = (
+    aten.view,
+    aten._unsafe_view,
+    aten.reshape,
+    aten.flatten,
+    aten.unflatten,
+    aten.squeeze,
+    aten.unsqueeze,
+    aten.permute,
+    aten.transpose,
+    aten.t,
+    aten.expand,
+    aten.detach,
+    aten.alias,
+    aten.view_as_real,
+    aten.view_as_complex,
+)
 
 
 @dataclass(frozen=True)
 class FoldConstants(GraphPass):
     """Replace constant subgraphs by their values, as far as no value takes more than ``limit_bytes``.
 
-    Values may be larger where constants they are made from are as large. Calls that only fill or repeat stay.
+    Values may be larger where constants they are made from are as large. Calls that only fill, repeat or reshape stay,
+    and equal values become one constant.
     """
 
     limit_bytes: int = 16 * 2**20
@@ -55,9 +75,20 @@ class FoldConstants(GraphPass):
                 if sizes[node] <= max(self.limit_bytes, largest):
                     constant.add(node)
         folded = _ends(graph, constant)
-        for node in folded:
-            insert_constant(node, compute_constant(node, values))
+        inserted: dict[object, fx.Node] = {}
+        for node, value in [(node, compute_constant(node, values)) for node in folded]:
+            # Layers make the same table again and again.
+            content = (value.dtype, value.shape, node.meta["val"].stride(), _digest(value))
+            if content in inserted:
+                replace_node(node, inserted[content])
+            else:
+                inserted[content] = insert_constant(node, value)
         return bool(folded)
+
+
+def _digest(value: Tensor) -> bytes:
+    flat = value.resolve_conj().resolve_neg().contiguous().flatten().view(torch.uint8)
+    return hashlib.sha256(flat.numpy().data).digest()
 
 
 def known_values(graph: fx.Graph, program: Program) -> dict[fx.Node, Any]:
@@ -114,11 +145,11 @@ def _ends(graph: fx.Graph, constant: set[fx.Node]) -> list[fx.Node]:
 
 
 def _is_cheap(node: fx.Node) -> bool:
-    if node.meta["val"].is_complex():
-        return False
-    return is_call(node, *_FILLS, *_FILLS_LIKE, *_FILLS_NEW) or (
-        is_call(node, *_REPEATS) and _bytes(node.meta["val"]) > _bytes(node.args[0].meta["val"])  # type: ignore[union-attr]
-    )
+    if is_call(node, *_RESHAPES):
+        return True
+    if is_call(node, *_REPEATS):
+        return _bytes(node.meta["val"]) > _bytes(node.args[0].meta["val"])  # type: ignore[union-attr]
+    return is_call(node, *_FILLS, *_FILLS_LIKE, *_FILLS_NEW) and not node.meta["val"].is_complex()
 
 
 def compute_constant(node: fx.Node, values: dict[fx.Node, Any]) -> Tensor:

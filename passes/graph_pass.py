@@ -72,14 +72,17 @@ def _check_interface(before: fx.Graph, after: fx.Graph) -> None:
         raise RewriteError("internal: a pass changed the inputs of the graph")
 
 
-def insert_constant(node: fx.Node, value: Tensor) -> None:
-    """Put a constant in the place of `node`: a copy of `value` with the strides that the node was traced with."""
-    graph, traced = node.graph, node.meta["val"]
+def insert_constant(node: fx.Node, value: Tensor) -> fx.Node:
+    """Put a constant in the place of `node`: a copy of `value` with the node's strides, or dense ones near them."""
+    graph = node.graph
     with graph.inserting_before(next(iter(graph.nodes))):
         placeholder = graph.placeholder(f"c_{node.name}")
+    # Several elements of an expanded tensor are one place in memory, which a constant of its own cannot have.
+    traced = torch.empty_like(node.meta["val"])
     own = torch.empty_strided(traced.shape, traced.stride(), dtype=traced.dtype).copy_(value)
     placeholder.meta = {"val": traced, _CONSTANT_VALUE: own}
-    node.replace_all_uses_with(placeholder)
+    replace_node(node, placeholder)
+    return placeholder
 
 
 def _with_constants(graph_module: fx.GraphModule, exported: ExportedProgram) -> ExportedProgram | None:

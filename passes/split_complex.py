@@ -419,9 +419,19 @@ def _where(c: _Call) -> fx.Node | None:
 
 
 def _pad(c: _Call) -> fx.Node | None:
-    if c.argument(2, "value", 0) != 0:
+    mode, value = ("constant", c.argument(2, "value", 0))
+    if is_call(c.node, aten.pad):
+        mode, value = c.argument(2, "mode", "constant"), c.argument(3, "value", 0)
+    if mode != "constant" or value not in (0, None):
         return None
     return c.call(aten.constant_pad_nd.default, c.first(), [0, 0, *c.argument(1, "pad")], 0.0)
+
+
+def _pad_sequence(c: _Call) -> fx.Node | None:
+    if c.argument(2, "padding_value", 0.0) != 0:
+        return None
+    pairs = [c.pair(x) for x in c.node.args[0]]  # type: ignore[union-attr]
+    return c.call(aten.pad_sequence.default, pairs, *c.node.args[1:], **c.node.kwargs)
 
 
 def _flip(c: _Call) -> fx.Node | None:
@@ -433,8 +443,14 @@ def _roll(c: _Call) -> fx.Node | None:
     return c.call(aten.roll.default, c.first(), c.argument(1, "shifts"), c.dims(dims)) if dims else None
 
 
-def _zeros_like(c: _Call) -> fx.Node | None:
-    return c.call(aten.zeros_like.default, c.splitter.pair(c.node.args[0]))  # type: ignore[arg-type]
+def _filled(value: Any = None, position: int = 1) -> Callable[[_Call], fx.Node | None]:
+    """Calls that fill a shape with one number: `value`, or their argument at `position`."""
+
+    def spell(c: _Call) -> fx.Node | None:
+        number = c.argument(position, "fill_value") if value is None else value
+        return c.call(aten.expand.default, c.pair(number), [*c.node.meta["val"].shape, 2])
+
+    return spell
 
 
 _SPELLINGS: dict[Any, Callable[[_Call], fx.Node | None]] = {
@@ -504,7 +520,21 @@ _SPELLINGS: dict[Any, Callable[[_Call], fx.Node | None]] = {
     aten.index_put: _index_put,
     aten.where: _where,
     aten.constant_pad_nd: _pad,
+    aten.pad: _pad,
+    aten.pad_sequence: _pad_sequence,
     aten.flip: _flip,
     aten.roll: _roll,
-    aten.zeros_like: _zeros_like,
+    aten.full: _filled(),
+    aten.full_like: _filled(),
+    aten.new_full: _filled(position=2),
+    aten.fill: _filled(),
+    aten.ones: _filled(1),
+    aten.ones_like: _filled(1),
+    aten.new_ones: _filled(1),
+    aten.zeros: _filled(0),
+    aten.zeros_like: _filled(0),
+    aten.new_zeros: _filled(0),
+    aten.empty: _filled(0),
+    aten.empty_like: _filled(0),
+    aten.new_empty: _filled(0),
 }

@@ -30,11 +30,12 @@ from t3compile.passes.interleave_slices import InterleaveSlices
 from t3compile.passes.legalize_window_attention import LegalizeWindowAttention
 from t3compile.passes.lower_window_attention import LowerWindowAttention
 from t3compile.passes.mix_precision import MixPrecision
-from t3compile.passes.reshape_views import ReshapeViews
 from t3compile.passes.rewrite_attention import RewriteAttention
 from t3compile.passes.search_by_counting import SearchByCounting
 from t3compile.passes.select_booleans import SelectBooleans
+from t3compile.passes.settle_strides import SettleStrides
 from t3compile.passes.sort_plainly import SortPlainly
+from t3compile.passes.spell_flex_attention import SpellFlexAttention
 from t3compile.passes.split_complex import SplitComplex
 from t3compile.passes.squeeze_unit_axes import SqueezeUnitAxes
 from t3compile.pattern import WindowPattern
@@ -64,7 +65,8 @@ SMALL_GRID = TokenGrid(3, 6, 7)
 Progress = Callable[[str], None]
 
 ONNX_LEGALIZATION: tuple[GraphPass, ...] = (
-    FoldConstants(),  # first: most of what ONNX cannot say makes tables, which are values once folded
+    SpellFlexAttention(),  # first: its masks may be constants to fold
+    FoldConstants(),  # early: most of what ONNX cannot say makes tables, which are values once folded
     FoldFactorizations(),  # ONNX has none; those of weights are values too
     SqueezeUnitAxes(),  # torch forgives squeezing a longer axis, ONNX does not
     SelectBooleans(),  # onnxruntime chooses between numbers only
@@ -75,7 +77,7 @@ ONNX_LEGALIZATION: tuple[GraphPass, ...] = (
     BroadcastMasks(),  # onnxruntime's Attention does not broadcast them over queries
     ForwardCopies(),  # before the next: it uncovers the sources that interleaving stacks
     InterleaveSlices(),  # before the exporter would make ScatterND of it
-    ReshapeViews(),  # after all that makes views; the exporter's own trace gives other strides
+    SettleStrides(),  # after all that makes views; the exporter's own trace may give other strides
     LegalizeWindowAttention(),  # last: nothing below knows the symbolic node
 )
 
@@ -334,7 +336,9 @@ def export_onnx_report(
         legal = legalize(legal).program
     progress(f"writing {path.name}")
     functions = write_onnx(legal, path, form=form, inline=inline)
-    report = OnnxReport(str(path), functions, None, "switched off", _large_tensor_notes(legal))
+    report = OnnxReport(
+        str(path), functions, None, "switched off", _block_list_notes(program) + _large_tensor_notes(legal)
+    )
     if check is False:
         return report
     macs = graph_macs(program.graph)
@@ -352,6 +356,16 @@ def export_onnx_report(
         # bfloat16, for one, has no kernels on onnxruntime's CPU; the file is valid all the same.
         return replace(report, not_compared=str(error))
     return replace(report, comparison=comparison, not_compared="")
+
+
+def _block_list_notes(program: Program) -> tuple[str, ...]:
+    calls = sum(node.target is torch.ops.higher_order.flex_attention for node in program.graph.nodes)
+    if not calls:
+        return ()
+    return (
+        f"{calls} flex_attention calls are exported as their mask functions say; lists of blocks, which only compiled "
+        "kernels read, are left out, as when torch runs the graph",
+    )
 
 
 def _large_tensor_notes(program: Program) -> tuple[str, ...]:

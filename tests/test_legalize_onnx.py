@@ -10,6 +10,7 @@ import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
 from t3compile.execute import execute
@@ -20,10 +21,12 @@ from t3compile.passes.fold_factorizations import FoldFactorizations
 from t3compile.passes.graph_pass import GraphPass
 from t3compile.passes.search_by_counting import SearchByCounting
 from t3compile.passes.select_booleans import SelectBooleans
+from t3compile.passes.settle_strides import SettleStrides
 from t3compile.passes.sort_plainly import SortPlainly
+from t3compile.passes.spell_flex_attention import SpellFlexAttention
 from t3compile.passes.split_complex import SplitComplex
 from t3compile.passes.squeeze_unit_axes import SqueezeUnitAxes
-from t3compile.pipeline import export_onnx_report
+from t3compile.pipeline import OnnxReport, export_onnx_report
 from t3compile.program import Program, trace
 from tests.test_passes import assert_does_not_fire, assert_idempotent, count
 
@@ -63,10 +66,11 @@ def fired(made: GraphPass, program: Program, *, exact: bool = True) -> Program:
     return result
 
 
-def assert_same_in_onnx(program: Program, path: Path) -> None:
+def assert_same_in_onnx(program: Program, path: Path) -> OnnxReport:
     report = export_onnx_report(program, path / "model.onnx", check=True)
     assert report.comparison
     assert report.passed, report.comparison
+    return report
 
 
 def complex_calls(program: Program) -> list[str]:
@@ -123,6 +127,18 @@ def test_a_value_over_the_limit_stays_a_call_and_what_it_needs_is_folded() -> No
     assert count(program, aten.outer) == count(folded, aten.outer) == 1
 
 
+def test_equal_tables_are_one_constant_under_many_shapes() -> None:
+    def layers(x: Tensor) -> Tensor:
+        rows = torch.arange(5.0).cos()
+        spread = rows.sin()[:, None].expand(5, 5)[:, 1:].flatten(1)
+        return x * rows[:, None] + x.T @ torch.arange(5.0).cos().view(5, 1) + rows.sin()[None] + spread.sum(1)
+
+    folded = fired(FoldConstants(), traced(layers, randn(5, 5)))
+    used = [node for node in folded.graph.nodes if node.op == "placeholder" and node.users]
+    assert [node.name.split("_")[0] for node in used] == ["c", "c", "c", "inputs"]
+    assert count(folded, aten.cos, aten.sin) == 0
+
+
 def test_calls_that_only_fill_or_repeat_stay() -> None:
     program = traced(lambda x: x + torch.full((4, 5), 2.0) + torch.arange(5).expand(4, 5), randn(4, 5))
     assert_does_not_fire(FoldConstants(), program)
@@ -177,7 +193,22 @@ def test_numbers_are_not_chosen_by_logic() -> None:
     assert_does_not_fire(SelectBooleans(), program)
 
 
-# --- attention
+# --- views and attention
+
+
+def test_views_of_attention_become_reshapes(tmp_path: Path) -> None:
+    def attend(q: Tensor, mask: Tensor) -> Tensor:
+        out = scaled_dot_product_attention(q, q, q, mask).transpose(1, 2)
+        return out.reshape(2, 5, 24)
+
+    program = traced(attend, randn(2, 3, 5, 8), randn(2, 1, 1, 5) > 0)
+    legal = fired(SettleStrides(), program)
+    assert count(legal, aten.view, aten._unsafe_view) == 0
+    assert_same_in_onnx(program, tmp_path)
+
+
+def test_graphs_without_views_are_left() -> None:
+    assert_does_not_fire(SettleStrides(), traced(lambda x: x.transpose(0, 1) + 1, randn(3, 4)))
 
 
 def test_attention_gets_four_axes_and_equal_heads(tmp_path: Path) -> None:
@@ -206,6 +237,44 @@ def test_attention_that_onnx_knows_is_left() -> None:
         )
 
     assert_does_not_fire(ExpandAttention(), traced(attend, randn(2, 3, 5, 8), randn(2, 3, 7, 8), randn(7)[None]))
+
+
+def test_flex_attention_becomes_attention_under_its_mask(tmp_path: Path) -> None:
+    documents = torch.tensor([0, 0, 0, 1, 1, 1, 1])
+
+    def same_document(b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return (documents[q] == documents[k]) & (q >= k)
+
+    def distance(score: Tensor, b: Tensor, h: Tensor, q: Tensor, k: Tensor) -> Tensor:
+        return score - (q - k).abs() * (h + 1)
+
+    blocks = create_block_mask(same_document, None, None, 7, 7, device="cpu")
+
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        return (
+            flex_attention(q, k, v, scale=0.5),
+            flex_attention(q, k, v, block_mask=blocks),
+            flex_attention(q, k[:, :2], v[:, :2], score_mod=distance, block_mask=blocks, enable_gqa=True),
+        )
+
+    torch._dynamo.reset()
+    program = traced(attend, *(randn(2, 4, 7, 8, seed=seed) for seed in range(3)))
+    legal = fired(SpellFlexAttention(), program, exact=False)
+    assert not any("flex_attention" in str(node.target) for node in legal.graph.nodes)
+    assert count(legal, aten.scaled_dot_product_attention) == 2
+    assert list(legal.exported.graph_module.children()) == []
+    (note,) = assert_same_in_onnx(program, tmp_path).notes
+    assert "3 flex_attention calls" in note
+
+
+def test_flex_attention_whose_other_results_are_used_is_left() -> None:
+    def attend(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        out: tuple[Tensor, ...] = flex_attention(q, k, v, return_lse=True)
+        return out
+
+    torch._dynamo.reset()
+    program = traced(attend, *(randn(2, 4, 7, 8, seed=seed) for seed in range(3)))
+    assert_does_not_fire(SpellFlexAttention(), program)
 
 
 # --- sorts
@@ -277,6 +346,12 @@ COMPLEX = {
     "lists": lambda z, y: (*z.split([1, 3], -1), *z.chunk(2, 1), *z.unbind(-2), torch.cat([z, y], -1)),
     "joins": lambda z, y: (torch.stack([z, y.real], -1), z.expand(2, 3, 4), z.repeat(2, 1), z.flip(-1), z.roll(1, -1)),
     "matmul": lambda z, y: (z @ y.T, torch.where(z.real > 0, z, y), torch.zeros_like(z)),
+    "fills": lambda z, y: (z.new_full((2, 4), 1 - 1j) + z[:2], torch.ones_like(y) * z, z.new_zeros(3, 1) + z),
+    "pads": lambda z, y: (
+        torch.nn.functional.pad(z, (1, 2)),
+        torch.constant_pad_nd(y, [0, 1, 1, 0]),
+        torch.nn.utils.rnn.pad_sequence([z, y[:2]], batch_first=True),
+    ),
     "casts": lambda z, y: (z.to(torch.complex128) * y, z.real.to(torch.complex64) + y, torch.polar(z.abs(), y.real)),
     "rope": lambda z, y: torch.view_as_real(torch.view_as_complex(torch.stack([z.real, y.real], -1)) * y).flatten(1),
 }
@@ -286,7 +361,7 @@ COMPLEX = {
 def test_complex_arithmetic_is_written_with_pairs(name: str) -> None:
     program = traced(COMPLEX[name], Z, Y)
     # torch's own complex kernels may use fused multiply-adds.
-    legal = fired(SplitComplex(), program, exact=name in ("views", "slices", "lists", "joins"))
+    legal = fired(SplitComplex(), program, exact=name in ("views", "slices", "lists", "joins", "pads"))
     assert complex_calls(legal) == []
     assert complex_calls(program) != []
 
