@@ -15,7 +15,7 @@ from t3compile.passes.attention_call import ATTENTION, AttentionCall
 from t3compile.passes.canonicalize_softmax_attention import unrecognised_attention
 from t3compile.passes.count_model import count_model
 from t3compile.passes.judge_masks import GridMasks
-from t3compile.passes.layout import Axis, segment_size
+from t3compile.passes.layout import Axis, Origin, segment_size
 from t3compile.passes.place_in_stacks import module_path, place_in_stacks
 from t3compile.passes.read_grid import (
     GridReader,
@@ -24,6 +24,7 @@ from t3compile.passes.read_grid import (
     describe_tokens,
     is_tensor_input,
     refine_grid,
+    segment_starts,
 )
 from t3compile.passes.read_values import ValueReader
 from t3compile.passes.track_layout import LayoutTracker
@@ -228,6 +229,10 @@ def _no_grid(call: AttentionCall, reader: GridReader) -> Refusal:
     queries, keys = reader.tokens(call.q), reader.tokens(call.k)
     shared = [segment for segment in keys.segments if segment in queries.segments and segment_size(segment) > 1]
     if not shared:
+        # A stretch of the keys' own tokens asks all of them.
+        if _lost_origins(queries) & _lost_origins(keys):
+            words = f"queries are {describe_tokens(queries)}, keys {describe_tokens(keys)}"
+            return Refusal("unknown-layout", words)
         if queries.size != keys.size:
             return Refusal(
                 "cross-attention", f"{queries.size} queries on {keys.size} keys: {describe_tokens(keys)} as keys"
@@ -244,13 +249,19 @@ def _no_grid(call: AttentionCall, reader: GridReader) -> Refusal:
     return refusal
 
 
+def _lost_origins(axis: Axis) -> set[Origin]:
+    return {segment[0].origin for segment in axis.segments if segment and not segment[0].origin.is_known}
+
+
 def _given(call: AttentionCall, reader: GridReader, hint: GridHint) -> _Tokens | Refusal:
     """A grid from the user on a sequence whose order the graph does not tell."""
     queries, keys = reader.tokens(call.q), reader.tokens(call.k)
     count = hint.grid.tokens
     starts = [sum(segment_size(s) for s in keys.segments[:i]) for i in range(len(keys.segments))]
-    if hint.start is None:
+    start = hint.start
+    if start is None:
         fitting = [start for start, s in zip(starts, keys.segments, strict=True) if segment_size(s) == count]
+        fitting = fitting or _shared_stretches(queries, keys, count)
         if len(fitting) != 1:
             sizes = [segment_size(segment) for segment in keys.segments]
             return Refusal(
@@ -259,20 +270,29 @@ def _given(call: AttentionCall, reader: GridReader, hint: GridHint) -> _Tokens |
                 f"say where it starts with --grid {hint.grid}@START",
             )
         start = fitting[0]
-        segment = keys.segments[starts.index(start)]
-        if len(segment) > 1 and any(digit.origin.is_known for digit in segment):
-            return Refusal("grid-mismatch", f"the tokens are {describe_tokens(Axis((segment,)))}")
-    else:
-        start = hint.start
     piece = keys.slice(start, start + count) if start + count <= keys.size else None
     if piece is None:
         return Refusal("grid-mismatch", f"no {count} tokens of one kind at {start} in {describe_tokens(keys)}")
+    if hint.start is None and any(len(s) > 1 and Axis((s,)).is_known for s in piece.segments):
+        return Refusal("grid-mismatch", f"the tokens are {describe_tokens(piece)}")
     places = [start, *(sum(segment_size(s) for s in queries.segments[:i]) for i in range(len(queries.segments)))]
     for place in places:
         if place + count <= queries.size and queries.slice(place, place + count) == piece:
             return _around(call, hint.grid, "thw", start, place)
     words = f"queries are {describe_tokens(queries)}, keys {describe_tokens(keys)}"
     return Refusal("grid-mismatch", f"the {count} tokens at {start} of the keys are not among the queries: {words}")
+
+
+def _shared_stretches(queries: Axis, keys: Axis, count: int) -> list[int]:
+    """Where stretches of ``count`` queries stand among the keys."""
+    found = []
+    for segment, start in segment_starts(keys):
+        for asked in queries.segments:
+            if segment_size(asked) == count and asked and segment and asked[0].origin == segment[0].origin:
+                place = start + (asked[0].start - segment[0].start) * segment_size(segment[1:])
+                if 0 <= place <= keys.size - count and keys.slice(place, place + count) == Axis((asked,)):
+                    found.append(place)
+    return found
 
 
 def _separate_other_inputs(

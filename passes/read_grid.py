@@ -141,7 +141,7 @@ class GridReader:
         if own is not None:
             yield Beside(own, origin.axis, 0)
         for beside in self._tracker.beside(origin):
-            for segment, start in starts(self._tracker.layout(beside.node)[beside.dim]):
+            for segment, start in segment_starts(self._tracker.layout(beside.node)[beside.dim]):
                 ids = self._placeholders.get(str(segment[0].origin.input_name)) if is_flat(segment) else None
                 offset = beside.start - start
                 if ids is not None and offset >= 0 and offset + origin.length <= segment[0].size:
@@ -149,7 +149,7 @@ class GridReader:
             yield beside
 
 
-def starts(axis: Axis) -> Iterator[tuple[Segment, int]]:
+def segment_starts(axis: Axis) -> Iterator[tuple[Segment, int]]:
     """Every segment with the place where it starts."""
     start = 0
     for segment in axis.segments:

@@ -13,6 +13,16 @@ from t3compile.errors import InputsError, WeightsError
 from t3compile.inputs import named_inputs
 from t3compile.program import Program
 
+aten = torch.ops.aten
+
+_SHAPE_ONLY = (
+    aten.zeros_like,
+    aten.ones_like,
+    aten.full_like,
+    aten.new_zeros,
+    aten.new_ones,
+    aten.new_full,
+)
 # A table of positions has a few hundred columns at most; what is larger is no table.
 _MOST_ELEMENTS = 2**28
 
@@ -45,11 +55,10 @@ class ValueReader:
             if current in self._known:
                 pending.pop()
                 continue
-            missing = [used for used in current.all_input_nodes if used not in self._known]
+            sources = _sources(current)
+            missing = [used for used in sources if used not in self._known]
             # One source that cannot be read settles it.
-            if any(self._known.get(used, current) is None for used in current.all_input_nodes) or _is_too_large(
-                current
-            ):
+            if any(self._known.get(used, current) is None for used in sources) or _is_too_large(current):
                 self._known[current] = None
             elif missing:
                 pending.append(missing[0])
@@ -62,7 +71,7 @@ class ValueReader:
             return self._placeholder(self._specs[node.name])
         if node.op != "call_function" or torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
             return None
-        tables = [self._known[used] for used in node.all_input_nodes]
+        tables = [self._known[used] for used in _sources(node)]
         names = frozenset().union(*(table.inputs for table in tables if table is not None))
         args, kwargs = fx.map_arg((node.args, node.kwargs), self._value)
         assert callable(node.target)
@@ -70,9 +79,9 @@ class ValueReader:
             return Table(node.target(*args, **kwargs), names)
 
     def _value(self, used: fx.Node) -> Any:
-        table = self._known[used]
-        assert table is not None
-        return table.value
+        table = self._known.get(used)
+        # Only its shape and dtype are looked at, see _sources.
+        return _form(used.meta["val"]) if table is None else table.value
 
     def _placeholder(self, spec: InputSpec) -> Table | None:
         name = str(spec.target)
@@ -90,6 +99,21 @@ class ValueReader:
             except WeightsError:
                 return None
         return None
+
+
+def _sources(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose values a node is made of; of some arguments only shape or dtype are looked at."""
+    packet = getattr(node.target, "overloadpacket", None)
+    if packet is aten.type_as:
+        return [x for x in node.args[:1] if isinstance(x, fx.Node)]
+    if packet in _SHAPE_ONLY:
+        return [x for x in node.all_input_nodes if x is not node.args[0]]
+    return node.all_input_nodes
+
+
+def _form(value: Tensor) -> Tensor:
+    """A tensor of that shape and dtype that takes no memory."""
+    return torch.empty((), dtype=value.dtype).expand(value.shape)
 
 
 def _is_too_large(node: fx.Node) -> bool:

@@ -276,7 +276,7 @@ def three_axes(net: Net, x: Tensor, y: Tensor) -> Tensor:
     ("run", "y", "reason", "detail"),
     [
         (causal, TEXT, "causal", "is_causal"),
-        (masked, torch.zeros(60, 60), "masked", "the mask 'y'"),
+        (masked, torch.zeros(60, 60), "masked", "grid keys 0..59 may be hidden or weighted by input 'y'"),
         (with_dropout, TEXT, "dropout", "dropout 0.1: trace the model in eval mode"),
         (grouped_query, TEXT, "grouped-query", "2 query heads on 1 key heads"),
         (windows_as_batch, TEXT, "already-windowed", "2 of axis 3 of input 'x'"),
