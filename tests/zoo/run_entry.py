@@ -140,7 +140,7 @@ def run_entry(entry: ZooEntry, *, onnx: bool = True) -> Row:
     survey = run.survey
     return Row(
         name=entry.name,
-        traced_by="" if run.program is None else traced_by(run.program),
+        traced_by="" if run.program is None else run.program.traced_by,
         found=0 if survey is None else len(survey.found),
         expected=entry.grid_sites,
         grids=() if survey is None else tuple(map(str, survey.grids)),
@@ -148,11 +148,6 @@ def run_entry(entry: ZooEntry, *, onnx: bool = True) -> Row:
         stages={name: run.stages.get(name, Stage("not run")) for name in STAGES},
         seconds=time.perf_counter() - began,
     )
-
-
-def traced_by(program: Program) -> str:
-    """The strategy that traced it; there is one so far."""
-    return str(getattr(program, "traced_by", "")) or "export"
 
 
 @dataclass(frozen=True)
