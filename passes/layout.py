@@ -22,7 +22,9 @@ class Origin:
 
     ``reach`` are the inputs whose values may stand at an unknown origin's positions; where there are none (a table, one
     position repeated) it is neutral: it says nothing about token order. ``parts`` are the stretches of an axis that was
-    lengthened, which is named after the longest of them, or the axis that a reversal turned round.
+    lengthened, which is named after the longest of them, or the axis that a reversal turned round. ``is_feature``: a
+    weight made the axis, as a linear layer makes its channels; spread out in space they take the positions of the
+    tokens that they are added to.
     """
 
     input_name: str | None
@@ -32,6 +34,7 @@ class Origin:
     reach: frozenset[str] = frozenset()
     parts: Axis | None = None
     is_reversal: bool = False
+    is_feature: bool = False
 
     @property
     def neutral(self) -> bool:
@@ -141,6 +144,11 @@ class Axis:
     def is_neutral(self) -> bool:
         """Whether no part says anything about token order."""
         return all(digit.origin.neutral for segment in self.segments for digit in segment)
+
+    @property
+    def is_feature(self) -> bool:
+        """Whether channels stand here that a weight made."""
+        return all(digit.origin.is_feature for segment in self.segments for digit in segment)
 
     def split(self, sizes: Sequence[int]) -> list[Axis] | None:
         """The axis as a row-major product of `sizes`, or None where that is not a product of digits."""
@@ -356,6 +364,9 @@ def _join_digits(one: Axis, other: Axis) -> Segment | None:
         return one.segments[0]
     if one.is_neutral:
         return other.segments[0]
+    for features, tokens in ((one, other), (other, one)):
+        if features.is_feature and tokens.is_known:
+            return tokens.segments[0]
     if one.reach & other.reach:
         return None
     if one.is_known != other.is_known:
