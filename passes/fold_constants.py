@@ -55,8 +55,10 @@ class FoldConstants(GraphPass):
                 if sizes[node] <= max(self.limit_bytes, largest):
                     constant.add(node)
         folded = _ends(graph, constant)
-        for node in folded:
-            insert_constant(node, compute_constant(node, values))
+        # All values first: a constant may be made from another, whose call insertion replaces.
+        computed = [compute_constant(node, values) for node in folded]
+        for node, value in zip(folded, computed, strict=True):
+            insert_constant(node, value)
         return bool(folded)
 
 

@@ -311,6 +311,15 @@ def test_complex_inputs_constants_and_outputs_in_onnx(tmp_path: Path) -> None:
     assert_same_in_onnx(traced(rotate, randn(3, 4, 2), Z), tmp_path)
 
 
+def test_a_constant_of_which_another_is_made_is_folded_too() -> None:
+    def scale(x: Tensor) -> tuple[Tensor, Tensor]:
+        steps = torch.arange(4) * 2.5
+        return x + steps, x * steps.cos()
+
+    folded = fired(FoldConstants(), traced(scale, randn(3, 4)))
+    assert count(folded, aten.cos.default) == count(folded, aten.arange.default) == 0
+
+
 MIXED_DTYPES = {
     "einsum of positions and frequencies": lambda x, y, _: torch.einsum("ab,cb->acb", x, y),
     "stacked floats": lambda x, y, _: torch.stack([x, y, x], 1),
