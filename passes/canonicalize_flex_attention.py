@@ -46,9 +46,7 @@ def _replace(node: fx.Node, graph_module: fx.GraphModule) -> bool:
         return False
     is_grouped = query.meta["val"].shape[1] != key.meta["val"].shape[1]
     keywords = {"scale": scale, **({"enable_gqa": True} if is_grouped else {})}
-    call = Cursor(node).call(
-        aten.scaled_dot_product_attention.default, query, key, value, None, 0.0, False, **keywords
-    )
+    call = Cursor(node).call(aten.scaled_dot_product_attention.default, query, key, value, None, 0.0, False, **keywords)
     for user in list(node.users):
         if user.args[1] == 0:
             replace_node(user, call)

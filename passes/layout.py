@@ -268,6 +268,14 @@ def _as_segment(axis: Axis) -> Segment:
     return (Digit(whole, 1, axis.size, axis.size),)
 
 
+def single_digit(axis: Axis) -> Digit | None:
+    """The one digit that an axis is, or that padding or a frame put beside it makes longer; else None."""
+    if len(axis.segments) > 1 and _lengthened(axis) is None:
+        return None
+    segment = _as_segment(axis)
+    return segment[0] if len(segment) == 1 else None
+
+
 def _lengthened(axis: Axis) -> Origin | None:
     """The origin of the longest stretch, if a concatenation makes one input axis longer.
 
@@ -277,7 +285,10 @@ def _lengthened(axis: Axis) -> Origin | None:
     if not known or any(len(segment) != 1 for segment in known):
         return None
     origins = {segment[0].origin for segment in known}
-    if len(origins) != len(known) or len({origin.axis for origin in origins}) != 1:
+    whole = [segment for segment in known if segment[0].is_whole]
+    # A first frame repeated before the others lengthens their axis; two stretches of one make a rolled one.
+    is_repeated = len(origins) == len(whole) == 1
+    if (len(origins) != len(known) and not is_repeated) or len({origin.axis for origin in origins}) != 1:
         return None
     return max(known, key=segment_size)[0].origin
 

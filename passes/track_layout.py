@@ -27,6 +27,7 @@ from t3compile.passes.layout import (
     join,
     product,
     segment_size,
+    single_digit,
     unknown_axis,
 )
 from t3compile.passes.read_values import Table
@@ -272,9 +273,9 @@ def _strided(axis: Axis, size: int) -> Axis | None:
         return axis
     if size == 1:
         return ONE
-    if len(axis.segments) != 1 or len(axis.segments[0]) != 1:
+    digit = single_digit(axis)
+    if digit is None:
         return None
-    (digit,) = axis.segments[0]
     if digit.origin.is_known and size % axis.size == 0 and digit.stride % (size // axis.size) == 0:
         parts = size // axis.size
         finer = Digit(digit.origin, digit.stride // parts, size, digit.modulus * parts, digit.start * parts)

@@ -420,12 +420,12 @@ def shuffled_pixels(net: Function, x: Tensor) -> Tensor:
         halved_and_split_again,
         shuffled_pixels,
         lambda net, x: nn.functional.normalize(conv3d(net, x), dim=-1),
-        lambda net, x: net.conv3d(nn.functional.interpolate(net.conv3d(x), scale_factor=(1, 2, 2))[:, :2])
-        .flatten(2)
-        .mT,
-        lambda net, x: net.conv3d(
-            nn.functional.conv_transpose3d(net.conv3d(x), net.conv3d.weight, stride=(1, 2, 2))
-        ).flatten(2).mT,
+        lambda net, x: (
+            net.conv3d(nn.functional.interpolate(net.conv3d(x), scale_factor=(1, 2, 2))[:, :2]).flatten(2).mT
+        ),
+        lambda net, x: (
+            net.conv3d(nn.functional.conv_transpose3d(net.conv3d(x), net.conv3d.weight, stride=(1, 2, 2))).flatten(2).mT
+        ),
         reshape_and_linear,
         conv2d_per_frame,
         slices_of_text_and_back,
