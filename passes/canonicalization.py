@@ -6,6 +6,7 @@ from dataclasses import replace
 
 from t3compile.passes.canonicalize_attention_backends import CanonicalizeAttentionBackends
 from t3compile.passes.canonicalize_attention_shape import CanonicalizeAttentionShape
+from t3compile.passes.canonicalize_flex_attention import CanonicalizeFlexAttention
 from t3compile.passes.canonicalize_softmax_attention import CanonicalizeSoftmaxAttention
 from t3compile.passes.graph_pass import GraphPass
 from t3compile.program import Program
@@ -13,6 +14,7 @@ from t3compile.program import Program
 CANONICALIZATION: tuple[GraphPass, ...] = (
     CanonicalizeSoftmaxAttention(),  # first: what it writes has the one shape already
     CanonicalizeAttentionBackends(),  # before the next, which knows only the one operation
+    CanonicalizeFlexAttention(),  # likewise
     CanonicalizeAttentionShape(),  # last: kernels take three axes and grouped heads too
 )
 

@@ -12,6 +12,7 @@ from torch.fx.experimental.symbolic_shapes import free_unbacked_symbols
 from t3compile.errors import GridError
 from t3compile.geometry import GridHint, TokenGrid
 from t3compile.passes.attention_call import ATTENTION, AttentionCall
+from t3compile.passes.canonicalize_flex_attention import FLEX_ATTENTION
 from t3compile.passes.canonicalize_softmax_attention import unrecognised_attention
 from t3compile.passes.count_model import count_model
 from t3compile.passes.judge_masks import GridMasks
@@ -78,6 +79,7 @@ def find_attention(program: Program, grid: TokenGrid | GridHint | None = None) -
             assumptions.update(dict.fromkeys(verdict.assumptions))
         else:
             declined.append(_declined(call, verdict))
+    declined += [_own_functions(node) for node in graph.nodes if node.target is FLEX_ATTENTION]
     declined += [_unrecognised(graph, name, why) for name, why in unrecognised_attention(program)]
     if found and tracker.index_inputs:
         named = " and ".join(f"'{name}'" for name in sorted(tracker.index_inputs))
@@ -362,6 +364,23 @@ def _unrecognised(graph: fx.Graph, name: str, why: str) -> Declined:
         key_tokens=keys,
         head_dim=0,
         value_dim=0,
+    )
+
+
+def _own_functions(node: fx.Node) -> Declined:
+    """A flex_attention call that is not plain attention; its MACs count among the model's others."""
+    q, k, v = (tuple(map(int, used.meta["val"].shape)) for used in node.args[:3])  # type: ignore[union-attr]
+    return Declined(
+        node=node.name,
+        module=module_path(node),
+        reason="unrecognised",
+        detail="flex_attention with a score or mask function of its own, or whose log-sum-exp is read",
+        batch=q[0],
+        heads=q[1],
+        query_tokens=q[2],
+        key_tokens=k[2],
+        head_dim=q[3],
+        value_dim=v[3],
     )
 
 

@@ -22,7 +22,9 @@ class Origin:
 
     ``reach`` are the inputs whose values may stand at an unknown origin's positions; where there are none (a table, one
     position repeated) it is neutral: it says nothing about token order. ``parts`` are the stretches of an axis that was
-    lengthened, which is named after the longest of them, or the axis that a reversal turned round.
+    lengthened, which is named after the longest of them, or the axis that a reversal turned round. ``is_feature``: a
+    weight made the axis, as a linear layer makes its channels; spread out in space they take the positions of the
+    tokens that they are added to.
     """
 
     input_name: str | None
@@ -32,6 +34,7 @@ class Origin:
     reach: frozenset[str] = frozenset()
     parts: Axis | None = None
     is_reversal: bool = False
+    is_feature: bool = False
 
     @property
     def neutral(self) -> bool:
@@ -141,6 +144,11 @@ class Axis:
     def is_neutral(self) -> bool:
         """Whether no part says anything about token order."""
         return all(digit.origin.neutral for segment in self.segments for digit in segment)
+
+    @property
+    def is_feature(self) -> bool:
+        """Whether channels stand here that a weight made."""
+        return all(digit.origin.is_feature for segment in self.segments for digit in segment)
 
     def split(self, sizes: Sequence[int]) -> list[Axis] | None:
         """The axis as a row-major product of `sizes`, or None where that is not a product of digits."""
@@ -260,6 +268,14 @@ def _as_segment(axis: Axis) -> Segment:
     return (Digit(whole, 1, axis.size, axis.size),)
 
 
+def single_digit(axis: Axis) -> Digit | None:
+    """The one digit that an axis is, or that padding or a frame put beside it makes longer; else None."""
+    if len(axis.segments) > 1 and _lengthened(axis) is None:
+        return None
+    segment = _as_segment(axis)
+    return segment[0] if len(segment) == 1 else None
+
+
 def _lengthened(axis: Axis) -> Origin | None:
     """The origin of the longest stretch, if a concatenation makes one input axis longer.
 
@@ -269,7 +285,10 @@ def _lengthened(axis: Axis) -> Origin | None:
     if not known or any(len(segment) != 1 for segment in known):
         return None
     origins = {segment[0].origin for segment in known}
-    if len(origins) != len(known) or len({origin.axis for origin in origins}) != 1:
+    whole = [segment for segment in known if segment[0].is_whole]
+    # A first frame repeated before the others lengthens their axis; two stretches of one make a rolled one.
+    is_repeated = len(origins) == len(whole) == 1
+    if (len(origins) != len(known) and not is_repeated) or len({origin.axis for origin in origins}) != 1:
         return None
     return max(known, key=segment_size)[0].origin
 
@@ -356,6 +375,9 @@ def _join_digits(one: Axis, other: Axis) -> Segment | None:
         return one.segments[0]
     if one.is_neutral:
         return other.segments[0]
+    for features, tokens in ((one, other), (other, one)):
+        if features.is_feature and tokens.is_known:
+            return tokens.segments[0]
     if one.reach & other.reach:
         return None
     if one.is_known != other.is_known:

@@ -27,6 +27,7 @@ from t3compile.passes.layout import (
     join,
     product,
     segment_size,
+    single_digit,
     unknown_axis,
 )
 from t3compile.passes.read_values import Table
@@ -103,6 +104,13 @@ class LayoutTracker:
         shape = _shape(node.meta["val"])
         reach = self._reach[node]
         return tuple(unknown_axis(made_by, i, size, reach) for i, size in enumerate(shape))
+
+    def features(self, node: fx.Node, dim: int) -> Axis:
+        """The axis that a weight makes: no tokens stand there."""
+        size = _shape(node.meta["val"])[dim]
+        made_by = f"{node.target} (node '{node.name}')"
+        origin = Origin(None, dim, size, made_by, self._reach[node], is_feature=True)
+        return Axis.of((Digit(origin, 1, size, size),)) if size > 1 else ONE
 
     def _visit(self, node: fx.Node, inputs: set[str]) -> Value:
         value = node.meta.get("val")
@@ -220,7 +228,7 @@ def _elementwise(tracker: LayoutTracker, node: fx.Node) -> Value:
 
 def _linear(tracker: LayoutTracker, node: fx.Node) -> Value:
     """[..., K] @ weight -> [..., M]: the last axis is new."""
-    return tracker.replace_unknown(node, [*tracker.layout(_source(node))[:-1], None])
+    return (*tracker.layout(_source(node))[:-1], tracker.features(node, -1))
 
 
 def _matmul(tracker: LayoutTracker, node: fx.Node) -> Value:
@@ -246,7 +254,7 @@ def _convolution(tracker: LayoutTracker, node: fx.Node) -> Value:
     """[B, C, *space]: positions stay ordered, `stride` input positions become one."""
     layout = tracker.layout(_source(node))
     out_shape = _shape(node.meta["val"])
-    axes: list[Axis | None] = [layout[0], None]
+    axes: list[Axis | None] = [layout[0], tracker.features(node, 1)]
     for axis, size in zip(layout[2:], out_shape[2:], strict=True):
         axes.append(_strided(_without_padding(axis, size), size))
     return tracker.replace_unknown(node, axes)
@@ -260,14 +268,20 @@ def _without_padding(axis: Axis, size: int) -> Axis:
 
 
 def _strided(axis: Axis, size: int) -> Axis | None:
-    """A single digit cut into `size` equal patches."""
+    """A single digit cut into `size` equal patches, or its patches cut up into `size` smaller ones."""
     if axis.size == size:
         return axis
     if size == 1:
         return ONE
-    if len(axis.segments) != 1 or len(axis.segments[0]) != 1 or axis.size % size:
+    digit = single_digit(axis)
+    if digit is None:
         return None
-    (digit,) = axis.segments[0]
+    if digit.origin.is_known and size % axis.size == 0 and digit.stride % (size // axis.size) == 0:
+        parts = size // axis.size
+        finer = Digit(digit.origin, digit.stride // parts, size, digit.modulus * parts, digit.start * parts)
+        return Axis.of((finer,))
+    if axis.size % size:
+        return None
     patch = axis.size // size
     if digit.start % patch or digit.modulus % patch:
         return None
@@ -629,7 +643,7 @@ def _as_real(tracker: LayoutTracker, node: fx.Node) -> Value:
 
 
 def _resample(tracker: LayoutTracker, node: fx.Node) -> Value:
-    """Pooling over [..., *space] by whole factors: positions stay ordered."""
+    """Pooling or upsampling over [..., *space] by whole factors: positions stay ordered."""
     layout = tracker.layout(_source(node))
     shape = _shape(node.meta["val"])
     axes = [axis if axis.size == size else _strided(axis, size) for axis, size in zip(layout, shape, strict=True)]
@@ -638,6 +652,13 @@ def _resample(tracker: LayoutTracker, node: fx.Node) -> Value:
 
 def _pixel_unshuffle(tracker: LayoutTracker, node: fx.Node) -> Value:
     """[..., C, H*r, W*r] -> [..., C*r*r, H, W]."""
+    *outer, _, h, w = tracker.layout(_source(node))
+    size_h, size_w = _shape(node.meta["val"])[-2:]
+    return tracker.replace_unknown(node, [*outer, None, _strided(h, size_h), _strided(w, size_w)])
+
+
+def _pixel_shuffle(tracker: LayoutTracker, node: fx.Node) -> Value:
+    """[..., C*r*r, H, W] -> [..., C, H*r, W*r]."""
     *outer, _, h, w = tracker.layout(_source(node))
     size_h, size_w = _shape(node.meta["val"])[-2:]
     return tracker.replace_unknown(node, [*outer, None, _strided(h, size_h), _strided(w, size_w)])
@@ -688,7 +709,9 @@ def _einsum(tracker: LayoutTracker, node: fx.Node) -> Value:
 def _reduce(tracker: LayoutTracker, node: fx.Node) -> Value:
     layout = tracker.layout(_source(node))
     rank = len(layout)
-    dims = node.args[1] if len(node.args) > 1 else None
+    # A vector norm's order stands before its axes.
+    place = 2 if node.target is aten.linalg_vector_norm.default else 1
+    dims = node.args[place] if len(node.args) > place else None
     if isinstance(dims, int):
         dims = [dims]
     if not isinstance(dims, list | tuple):
@@ -742,6 +765,7 @@ _TRANSFERS: dict[Any, Transfer] = {
     **dict.fromkeys([aten.matmul, aten.mm, aten.bmm, aten.addmm, aten.baddbmm], _matmul),
     aten.scaled_dot_product_attention: _attention,
     WINDOW_ATTENTION.overloadpacket: _attention,
+    **dict.fromkeys([aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d], _convolution),
     **dict.fromkeys([aten.conv1d, aten.conv2d, aten.conv3d, aten.convolution], _convolution),
     aten.permute: _permute,
     **dict.fromkeys([aten.transpose, aten.t], _transpose),
@@ -779,9 +803,12 @@ _TRANSFERS: dict[Any, Transfer] = {
     aten.view_as_complex: _as_complex,
     aten.view_as_real: _as_real,
     **dict.fromkeys([aten.avg_pool1d, aten.avg_pool2d, aten.avg_pool3d, aten.max_pool2d, aten.max_pool3d], _resample),
+    **dict.fromkeys([aten.upsample_nearest1d, aten.upsample_nearest2d, aten.upsample_nearest3d], _resample),
+    **dict.fromkeys([aten.upsample_bilinear2d, aten.upsample_trilinear3d], _resample),
     aten.pixel_unshuffle: _pixel_unshuffle,
+    aten.pixel_shuffle: _pixel_shuffle,
     aten.unfold: _unfold,
     aten.im2col: _im2col,
     aten.einsum: _einsum,
-    **dict.fromkeys([aten.mean, aten.sum, aten.amax, aten.amin, aten.var, aten.std], _reduce),
+    **dict.fromkeys([aten.mean, aten.sum, aten.amax, aten.amin, aten.var, aten.std, aten.linalg_vector_norm], _reduce),
 }

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor, fx, nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import normalize, scaled_dot_product_attention
 
 import t3compile
@@ -29,6 +30,19 @@ FLAT: Shapes = ((6, 5, 4), (6, 6, 4), (6, 6, 7))
 HEADS_LAST: Shapes = ((2, 5, 3, 4), (2, 6, 3, 4), (2, 6, 3, 7))
 GROUPED: Shapes = ((2, 4, 5, 4), (2, 2, 6, 4), (2, 2, 6, 7))
 SHARED: Shapes = ((2, 4, 5, 4), (2, 1, 6, 4), (2, 1, 6, 7))
+
+
+def flex(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return flex_attention(q, k, v, scale=0.3, enable_gqa=q.shape[1] != k.shape[1])
+
+
+def flex_of_near_keys(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    near = create_block_mask(lambda b, h, i, j: (i - j).abs() < 3, None, None, 5, 6, device="cpu")
+    return flex_attention(q, k, v, block_mask=near)
+
+
+def flex_with_a_bias(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return flex_attention(q, k, v, score_mod=lambda score, b, h, i, j: score - (i - j).abs())
 
 
 class Wrapped(nn.Module):
@@ -328,3 +342,22 @@ def test_library_calls_that_cannot_be_honoured_are_left(kwargs: dict[str, object
 def test_a_module_without_library_calls_comes_back() -> None:
     module = leaf_module(torch.matmul, 2)
     assert replace_attention_leaves(module) == (module, ())
+
+
+@pytest.mark.parametrize("shapes", [QKV, GROUPED])
+def test_plain_flex_attention_is_attention(shapes: Shapes) -> None:
+    program = canonicalize(traced(flex, shapes))
+    (call,) = calls_of(program)
+    assert call.node.kwargs["scale"] == 0.3
+    generator = torch.Generator().manual_seed(1)
+    q, k, v = (torch.randn(shape, generator=generator) for shape in shapes)
+    torch.testing.assert_close(program.module()(q, k, v), flex(q, k, v))
+
+
+@pytest.mark.parametrize("call", [flex_of_near_keys, flex_with_a_bias])
+def test_flex_attention_with_functions_of_its_own_is_listed(call: Call) -> None:
+    program = canonicalize(traced(call, QKV))
+    assert calls_of(program) == []
+    (declined,) = t3compile.detect(program).declined
+    assert declined.reason == "unrecognised"
+    assert "flex_attention with a score or mask function" in declined.detail

@@ -308,6 +308,22 @@ def test_must_not_fire(run: Callable[..., Tensor], y: Tensor, reason: str, detai
     assert re.search(detail, declined.detail), declined.detail
 
 
+def padded_to_patches(net: Net, x: Tensor, y: Tensor) -> Tensor:
+    return net.attend(net.tokens(nn.functional.pad(x[..., :-1, :-1], (0, 1, 0, 1))))
+
+
+def first_frame_repeated(net: Net, x: Tensor, y: Tensor) -> Tensor:
+    return net.attend(net.tokens(nn.functional.avg_pool3d(torch.cat([x[:, :, :1], x], 2), (2, 1, 1))))
+
+
+@pytest.mark.parametrize(
+    ("run", "grid"), [(padded_to_patches, GRID), (first_frame_repeated, TokenGrid(2, 4, 5))], ids=["space", "time"]
+)
+def test_an_axis_made_longer_before_it_is_cut_into_patches(run: Callable[..., Tensor], grid: TokenGrid) -> None:
+    (site,) = survey_of(run).found
+    assert (site.grid, site.prefix, site.suffix) == (grid, 0, 0)
+
+
 def test_dropout_of_an_eval_model_is_no_dropout() -> None:
     assert len(survey_of(with_dropout).found) == 1
 

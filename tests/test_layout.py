@@ -401,10 +401,31 @@ def padded_and_cropped(net: Function, x: Tensor) -> Tensor:
     return nn.functional.pad(conv3d(net, x), (0, 0, 2, 3))[:, 2:-3]
 
 
+def halved_and_split_again(net: Function, x: Tensor) -> Tensor:
+    """Four channels of a coarser patch are spread over its four patches, beside those that were skipped to them."""
+    y = net.text(nn.functional.avg_pool3d(net.conv3d(x), (1, 2, 1)).permute(0, 2, 3, 4, 1)[..., :5])
+    y = y.unflatten(-1, (2, 3)).permute(0, 1, 2, 4, 3, 5).flatten(2, 3)
+    return torch.lerp(conv3d(net, x)[..., :3], y.flatten(1, 3), 0.5)
+
+
+def shuffled_pixels(net: Function, x: Tensor) -> Tensor:
+    frames = nn.functional.pixel_shuffle(net.conv2d(x.transpose(1, 2).flatten(0, 1)).repeat(1, 2, 1, 1), 2)
+    return net.conv2d(frames[:, :2]).flatten(2).mT.unflatten(0, (1, 3)).flatten(1, 2)
+
+
 @pytest.mark.parametrize(
     "function",
     [
         conv3d,
+        halved_and_split_again,
+        shuffled_pixels,
+        lambda net, x: nn.functional.normalize(conv3d(net, x), dim=-1),
+        lambda net, x: (
+            net.conv3d(nn.functional.interpolate(net.conv3d(x), scale_factor=(1, 2, 2))[:, :2]).flatten(2).mT
+        ),
+        lambda net, x: (
+            net.conv3d(nn.functional.conv_transpose3d(net.conv3d(x), net.conv3d.weight, stride=(1, 2, 2))).flatten(2).mT
+        ),
         reshape_and_linear,
         conv2d_per_frame,
         slices_of_text_and_back,
@@ -497,6 +518,15 @@ def test_order_that_is_lost_names_the_operation(function: Callable[..., Tensor],
     digit = axis.segments[0][0]
     assert maker in str(digit.origin)
     assert "node '" in str(digit.origin)
+
+
+def test_tokens_mixed_by_a_weight_have_no_order_of_their_own() -> None:
+    def mixed(net: Function, x: Tensor) -> Tensor:
+        return nn.functional.linear(conv3d(net, x).mT, torch.ones(60, 60)).mT
+
+    assert not layout_of(Function(mixed), VIDEO)[1].is_known
+    beside = layout_of(Function(lambda net, x: conv3d(net, x) + mixed(net, x)), VIDEO)[1]
+    assert beside == of_x(GRID)
 
 
 def test_operands_in_different_orders_make_no_order() -> None:

@@ -19,6 +19,7 @@ from t3compile.passes.expand_attention import ExpandAttention
 from t3compile.passes.fold_constants import FoldConstants
 from t3compile.passes.fold_factorizations import FoldFactorizations
 from t3compile.passes.graph_pass import GraphPass
+from t3compile.passes.promote_operands import PromoteOperands
 from t3compile.passes.search_by_counting import SearchByCounting
 from t3compile.passes.select_booleans import SelectBooleans
 from t3compile.passes.settle_strides import SettleStrides
@@ -383,3 +384,33 @@ def test_complex_inputs_constants_and_outputs_in_onnx(tmp_path: Path) -> None:
         return torch.view_as_real(rotated).flatten(1), rotated
 
     assert_same_in_onnx(traced(rotate, randn(3, 4, 2), Z), tmp_path)
+
+
+def test_a_constant_of_which_another_is_made_is_folded_too() -> None:
+    def scale(x: Tensor) -> tuple[Tensor, Tensor]:
+        steps = torch.arange(4) * 2.5
+        return x + steps, x * steps.cos()
+
+    folded = fired(FoldConstants(), traced(scale, randn(3, 4)))
+    assert count(folded, aten.cos.default) == count(folded, aten.arange.default) == 0
+
+
+MIXED_DTYPES = {
+    "einsum of positions and frequencies": lambda x, y, _: torch.einsum("ab,cb->acb", x, y),
+    "stacked floats": lambda x, y, _: torch.stack([x, y, x], 1),
+    "stacked numbers and floats": lambda x, _, i: torch.stack([i, x], -1),
+}
+
+
+@pytest.mark.parametrize("name", MIXED_DTYPES)
+def test_operands_of_different_dtypes_are_promoted(name: str, tmp_path: Path) -> None:
+    inputs = randn(3, 4), randn(3, 4, seed=1, dtype=torch.float64), torch.arange(12).reshape(3, 4)
+    program = traced(MIXED_DTYPES[name], *inputs)
+    fired(PromoteOperands(), program)
+    assert_same_in_onnx(program, tmp_path)
+
+
+def test_operands_of_one_dtype_are_left() -> None:
+    x, y = randn(3, 4), randn(3, 4, seed=1)
+    assert_does_not_fire(PromoteOperands(), traced(lambda x, y: torch.stack([x, y]), x, y))
+    assert_does_not_fire(PromoteOperands(), traced(lambda x, y: torch.einsum("ab,cb->ac", x, y), x, y))
