@@ -30,6 +30,7 @@ from t3compile.passes.interleave_slices import InterleaveSlices
 from t3compile.passes.legalize_window_attention import LegalizeWindowAttention
 from t3compile.passes.lower_window_attention import LowerWindowAttention
 from t3compile.passes.mix_precision import MixPrecision
+from t3compile.passes.promote_operands import PromoteOperands
 from t3compile.passes.reshape_views import ReshapeViews
 from t3compile.passes.rewrite_attention import RewriteAttention
 from t3compile.passes.search_by_counting import SearchByCounting
@@ -67,6 +68,7 @@ ONNX_LEGALIZATION: tuple[GraphPass, ...] = (
     FoldConstants(),  # first: most of what ONNX cannot say makes tables, which are values once folded
     FoldFactorizations(),  # ONNX has none; those of weights are values too
     SqueezeUnitAxes(),  # torch forgives squeezing a longer axis, ONNX does not
+    PromoteOperands(),  # torch widens the operands of einsum and stack, ONNX does not
     SelectBooleans(),  # onnxruntime chooses between numbers only
     SortPlainly(),  # the exporter refuses the stable overload; every ONNX sort is stable
     SearchByCounting(),  # ONNX has no search
