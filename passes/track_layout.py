@@ -21,6 +21,7 @@ from t3compile.passes.layout import (
     Digit,
     Layout,
     Origin,
+    Segment,
     concatenate,
     input_axis,
     is_flat,
@@ -182,7 +183,8 @@ def _getitem(tracker: LayoutTracker, node: fx.Node) -> Value:
     source, index = node.args
     assert isinstance(source, fx.Node)
     value = tracker._values[source]
-    return value[index] if isinstance(value, list) and isinstance(index, int) else None
+    is_listed = isinstance(value, list) and isinstance(index, int) and index < len(value)
+    return value[index] if is_listed else None  # type: ignore[index]
 
 
 def _source(node: fx.Node) -> fx.Node:
@@ -219,8 +221,15 @@ def _elementwise(tracker: LayoutTracker, node: fx.Node) -> Value:
 
 
 def _linear(tracker: LayoutTracker, node: fx.Node) -> Value:
-    """[..., K] @ weight -> [..., M]: the last axis is new."""
-    return tracker.replace_unknown(node, [*tracker.layout(_source(node))[:-1], None])
+    """[..., K] @ weight -> [..., M]: the last axis is new.
+
+    Features mixed say nothing about token order, nor do the tokens of a patch; a whole axis of an input may be tokens.
+    """
+    *outer, mixed = tracker.layout(_source(node))
+    if any(digit.origin.is_known and digit.is_whole for segment in mixed.segments for digit in segment):
+        return tracker.replace_unknown(node, [*outer, None])
+    made_by = f"{node.target} (node '{node.name}')"
+    return (*outer, unknown_axis(made_by, len(outer), _shape(node.meta["val"])[-1]))
 
 
 def _matmul(tracker: LayoutTracker, node: fx.Node) -> Value:
@@ -253,25 +262,36 @@ def _convolution(tracker: LayoutTracker, node: fx.Node) -> Value:
 
 
 def _without_padding(axis: Axis, size: int) -> Axis:
-    """The one stretch of `size` that is not padding, where the axis is that and padding around it."""
+    """The one stretch of whole patches that is not padding, where the axis is that and padding around it."""
     stretches = [segment for segment in axis.segments if not Axis((segment,)).is_neutral]
-    is_padded = len(stretches) == 1 and segment_size(stretches[0]) == size < axis.size
-    return Axis((stretches[0],)) if is_padded else axis
+    if len(stretches) != 1 or len(axis.segments) == 1:
+        return axis
+    length = segment_size(stretches[0])
+    is_around = length == size or (axis.size % size and not length % size)
+    return Axis((stretches[0],)) if is_around else axis
 
 
 def _strided(axis: Axis, size: int) -> Axis | None:
-    """A single digit cut into `size` equal patches."""
+    """An axis cut into `size` equal patches, each within one stretch of it."""
     if axis.size == size:
         return axis
     if size == 1:
         return ONE
-    if len(axis.segments) != 1 or len(axis.segments[0]) != 1 or axis.size % size:
+    if axis.size % size:
         return None
-    (digit,) = axis.segments[0]
     patch = axis.size // size
-    if digit.start % patch or digit.modulus % patch:
+    stretches = [_strided_stretch(segment, patch) for segment in axis.segments]
+    return None if None in stretches else Axis.of(*(stretch for stretch in stretches if stretch is not None))
+
+
+def _strided_stretch(segment: Segment, patch: int) -> Segment | None:
+    if len(segment) != 1:
         return None
-    return Axis.of((Digit(digit.origin, digit.stride * patch, size, digit.modulus // patch, digit.start // patch),))
+    (digit,) = segment
+    if digit.size % patch or digit.start % patch or digit.modulus % patch:
+        return None
+    sizes = (digit.size // patch, digit.modulus // patch, digit.start // patch)
+    return (Digit(digit.origin, digit.stride * patch, *sizes),)
 
 
 def _permute(tracker: LayoutTracker, node: fx.Node) -> Value:
@@ -636,6 +656,35 @@ def _resample(tracker: LayoutTracker, node: fx.Node) -> Value:
     return tracker.replace_unknown(node, axes)
 
 
+def _resize(tracker: LayoutTracker, node: fx.Node) -> Value:
+    """Longer spatial axes of [B, C, *space], by whole factors: every position becomes that many neighbours.
+
+    Upsampling, transposed convolutions without overlap, pixel_shuffle. Which neighbour is which comes from no input.
+    """
+    layout = tracker.layout(_source(node))
+    shape = _shape(node.meta["val"])
+    if len(layout) != len(shape):
+        return None
+    made_by = f"{node.target} (node '{node.name}')"
+    axes: list[Axis | None] = [layout[0], layout[1] if layout[1].size == shape[1] else None]
+    for i in range(2, len(shape)):
+        factor, rest = divmod(shape[i], layout[i].size)
+        axes.append(product([layout[i], unknown_axis(made_by, i, factor)]) if factor and not rest else None)
+    return tracker.replace_unknown(node, axes)
+
+
+def _transposed_convolution(tracker: LayoutTracker, node: fx.Node) -> Value:
+    """Patches that neither overlap nor leave gaps."""
+    weight, stride = node.args[1], node.args[3] if len(node.args) > 3 else ()
+    assert isinstance(weight, fx.Node) and isinstance(stride, list | tuple)
+    return _resize(tracker, node) if _shape(weight.meta["val"])[2:] == tuple(stride) else None
+
+
+def _first_as_input(tracker: LayoutTracker, node: fx.Node) -> Value:
+    """Several results of which the first has the input's axes; statistics follow."""
+    return [tracker.layout(_source(node))]
+
+
 def _pixel_unshuffle(tracker: LayoutTracker, node: fx.Node) -> Value:
     """[..., C, H*r, W*r] -> [..., C*r*r, H, W]."""
     *outer, _, h, w = tracker.layout(_source(node))
@@ -685,10 +734,10 @@ def _einsum(tracker: LayoutTracker, node: fx.Node) -> Value:
     return tracker.replace_unknown(node, [None if a is None else tracker.unless_filled(node, a) for a in axes])
 
 
-def _reduce(tracker: LayoutTracker, node: fx.Node) -> Value:
+def _reduce(tracker: LayoutTracker, node: fx.Node, position: int = 1) -> Value:
     layout = tracker.layout(_source(node))
     rank = len(layout)
-    dims = node.args[1] if len(node.args) > 1 else None
+    dims = node.args[position] if len(node.args) > position else None
     if isinstance(dims, int):
         dims = [dims]
     if not isinstance(dims, list | tuple):
@@ -698,6 +747,11 @@ def _reduce(tracker: LayoutTracker, node: fx.Node) -> Value:
     if keep:
         return tuple(ONE if i in reduced else axis for i, axis in enumerate(layout))
     return tuple(axis for i, axis in enumerate(layout) if i not in reduced)
+
+
+def _norm(tracker: LayoutTracker, node: fx.Node) -> Value:
+    """The length of vectors: their order p comes before the axes."""
+    return _reduce(tracker, node, position=2)
 
 
 # Made from the shape of their input alone.
@@ -721,6 +775,8 @@ _TRANSFERS: dict[Any, Transfer] = {
             aten.rms_norm,
             aten._fused_rms_norm,
             aten.group_norm,
+            aten.instance_norm,
+            aten.prelu,
             aten.softmax,
             aten._softmax,
             aten.dropout,
@@ -737,6 +793,7 @@ _TRANSFERS: dict[Any, Transfer] = {
         ],
         _same_as_input,
     ),
+    aten._native_batch_norm_legit_no_training: _first_as_input,
     aten.copy: _elementwise,
     aten.linear: _linear,
     **dict.fromkeys([aten.matmul, aten.mm, aten.bmm, aten.addmm, aten.baddbmm], _matmul),
@@ -757,7 +814,7 @@ _TRANSFERS: dict[Any, Transfer] = {
         _reshape,
     ),
     aten.unsqueeze: _unsqueeze,
-    **dict.fromkeys([aten.expand, aten.repeat], _expand),
+    **dict.fromkeys([aten.expand, aten.repeat, aten.tile], _expand),
     **dict.fromkeys([aten.cat, aten.concat, aten.concatenate], _cat),
     aten.stack: _stack,
     aten.pad_sequence: _pad_sequence,
@@ -780,8 +837,24 @@ _TRANSFERS: dict[Any, Transfer] = {
     aten.view_as_real: _as_real,
     **dict.fromkeys([aten.avg_pool1d, aten.avg_pool2d, aten.avg_pool3d, aten.max_pool2d, aten.max_pool3d], _resample),
     aten.pixel_unshuffle: _pixel_unshuffle,
+    **dict.fromkeys(
+        [
+            aten.pixel_shuffle,
+            aten.upsample_nearest1d,
+            aten.upsample_nearest2d,
+            aten.upsample_nearest3d,
+            aten.upsample_linear1d,
+            aten.upsample_bilinear2d,
+            aten.upsample_trilinear3d,
+        ],
+        _resize,
+    ),
+    **dict.fromkeys([aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d], _transposed_convolution),
     aten.unfold: _unfold,
     aten.im2col: _im2col,
     aten.einsum: _einsum,
-    **dict.fromkeys([aten.mean, aten.sum, aten.amax, aten.amin, aten.var, aten.std], _reduce),
+    **dict.fromkeys(
+        [aten.mean, aten.sum, aten.amax, aten.amin, aten.var, aten.std, aten.logsumexp, aten.prod], _reduce
+    ),
+    **dict.fromkeys([aten.linalg_vector_norm, aten.norm], _norm),
 }

@@ -208,7 +208,11 @@ def test_norms_with_wider_weights_run_in_their_dtype(tmp_path: Path) -> None:
 
 
 def test_operands_of_one_dtype_are_left() -> None:
-    program = traced(lambda x, y: (torch.einsum("ij,kj->ik", x, y), torch.stack([x, x]), x * y.double()[:3]), randn(3, 4), randn(5, 4))
+    program = traced(
+        lambda x, y: (torch.einsum("ij,kj->ik", x, y), torch.stack([x, x]), x * y.double()[:3]),
+        randn(3, 4),
+        randn(5, 4),
+    )
     assert_does_not_fire(PromoteOperands(), program)
 
 
