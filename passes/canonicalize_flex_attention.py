@@ -31,7 +31,8 @@ class CanonicalizeFlexAttention(GraphPass):
 
     def apply(self, graph_module: fx.GraphModule, program: Program) -> bool:
         calls = [node for node in graph_module.graph.nodes if node.target is FLEX_ATTENTION]
-        return any([_replace(node, graph_module) for node in calls])
+        replaced = [_replace(node, graph_module) for node in calls]
+        return any(replaced)
 
 
 def _replace(node: fx.Node, graph_module: fx.GraphModule) -> bool:

@@ -154,9 +154,10 @@ class Axis:
         """The axis as a row-major product of `sizes`, or None where that is not a product of digits."""
         if len(self.segments) > 1:
             wide = [i for i, size in enumerate(sizes) if size != 1]
-            if len(wide) != 1:
-                return None
-            return [self if i == wide[0] else ONE for i in range(len(sizes))]
+            if len(wide) == 1:
+                return [self if i == wide[0] else ONE for i in range(len(sizes))]
+            # Else windows of a rolled or padded axis: digits of one that remembers its parts.
+            return self._split_alike(sizes) or Axis((_as_segment(self),)).split(sizes)
         remaining = list(self.segments[0]) if self.segments else []
         parts: list[Axis] = []
         for size in reversed(sizes):
@@ -165,6 +166,22 @@ class Axis:
                 return None
             parts.append(Axis.of(taken))
         return parts[::-1]
+
+    def _split_alike(self, sizes: Sequence[int]) -> list[Axis] | None:
+        """The split of a concatenation whose stretches all have the same inner factors, such as the batch."""
+        outermost = next(i for i, size in enumerate(sizes) if size != 1)
+        inner = sizes[outermost + 1 :]
+        outer: list[Segment] = []
+        taken: set[Segment | None] = set()
+        for segment in self.segments:
+            digits = list(segment)
+            taken.add(_take_inner(digits, math.prod(inner)))
+            outer.append(tuple(digits))
+        factor = taken.pop()
+        if taken or factor is None:
+            return None
+        parts = Axis.of(factor).split(inner)
+        return None if parts is None else [*([ONE] * outermost), Axis.of(*outer), *parts]
 
     def slice(self, start: int, stop: int) -> Axis | None:
         """Positions start..stop-1, or None where a segment would be cut inside a digit product."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -69,7 +70,10 @@ class GridReader:
         read: list[Stretch | Refusal] = []
         start = 0
         for segment in tokens.segments:
-            read.append(self._read(_with_rest(segment, tokens), segment, start, outer, dropped))
+            found = self._read(_with_rest(segment, tokens), segment, start, outer, dropped)
+            if isinstance(found, Refusal) and found.reason == "already-windowed" and _is_scattered(segment, tokens):
+                found = Refusal("unknown-layout", f"the tokens are in an order of parts: {describe_tokens(tokens)}")
+            read.append(found)
             start += segment_size(segment)
         return read
 
@@ -172,6 +176,16 @@ def _with_rest(segment: Segment, tokens: Axis) -> Segment:
     return (replace(leading, start=0, size=leading.modulus), *segment[1:])
 
 
+def _is_scattered(segment: Segment, tokens: Axis) -> bool:
+    """Whether the sequence has as many tokens of the segment's input as that has, in stretches that are no rows."""
+    parts = [other for other in tokens.segments if Axis((other,)).inputs == Axis((segment,)).inputs]
+    finest: dict[Origin, int] = {}
+    for digit in (digit for part in parts for digit in part):
+        finest[digit.origin] = min(finest.get(digit.origin, digit.stride), digit.stride)
+    count = math.prod(origin.length // stride for origin, stride in finest.items())
+    return len(parts) > 1 and sum(segment_size(part) for part in parts) == count
+
+
 def _grid_of(sizes: Sequence[int]) -> TokenGrid:
     return TokenGrid(*((1,) * (3 - len(sizes)) + tuple(sizes)))
 
@@ -188,6 +202,8 @@ def _refuse(segment: Segment, outer: Sequence[Axis], dropped: frozenset[tuple[st
     words = describe_tokens(Axis((segment,)))
     if not segment or not all(digit.origin.is_known for digit in segment):
         made_by = next((digit.origin for digit in segment if not digit.origin.is_known), None)
+        if made_by is not None and made_by.parts is not None and made_by in _origins(outer):
+            return Refusal("already-windowed", f"tokens attend within parts of {describe_tokens(made_by.parts)}")
         return Refusal("unknown-layout", f"the order of the tokens is lost: {made_by or 'no tokens'}")
     if len({digit.origin.input_name for digit in segment}) > 1:
         return Refusal("unknown-layout", f"tokens of several inputs are mixed: {words}")
@@ -208,6 +224,10 @@ def _refuse(segment: Segment, outer: Sequence[Axis], dropped: frozenset[tuple[st
     if len(axes) > 3:
         return Refusal("unknown-layout", f"more than three axes: {words}")
     return None
+
+
+def _origins(axes: Sequence[Axis]) -> set[Origin]:
+    return {digit.origin for axis in axes for segment in axis.segments for digit in segment}
 
 
 def _are_all_tokens(segment: Segment) -> bool:

@@ -21,6 +21,7 @@ from t3compile.passes.layout import (
     Digit,
     Layout,
     Origin,
+    Segment,
     concatenate,
     input_axis,
     is_flat,
@@ -190,7 +191,8 @@ def _getitem(tracker: LayoutTracker, node: fx.Node) -> Value:
     source, index = node.args
     assert isinstance(source, fx.Node)
     value = tracker._values[source]
-    return value[index] if isinstance(value, list) and isinstance(index, int) else None
+    is_listed = isinstance(value, list) and isinstance(index, int) and index < len(value)
+    return value[index] if is_listed else None  # type: ignore[index]
 
 
 def _source(node: fx.Node) -> fx.Node:
@@ -227,8 +229,11 @@ def _elementwise(tracker: LayoutTracker, node: fx.Node) -> Value:
 
 
 def _linear(tracker: LayoutTracker, node: fx.Node) -> Value:
-    """[..., K] @ weight -> [..., M]: the last axis is new."""
-    return (*tracker.layout(_source(node))[:-1], tracker.features(node, -1))
+    """[..., K] @ weight -> [..., M]: the last axis is new; where it held an input's tokens, they are mixed."""
+    *outer, mixed = tracker.layout(_source(node))
+    if any(digit.origin.is_known and digit.is_whole for segment in mixed.segments for digit in segment):
+        return tracker.replace_unknown(node, [*outer, None])
+    return (*outer, tracker.features(node, -1))
 
 
 def _matmul(tracker: LayoutTracker, node: fx.Node) -> Value:
@@ -261,31 +266,45 @@ def _convolution(tracker: LayoutTracker, node: fx.Node) -> Value:
 
 
 def _without_padding(axis: Axis, size: int) -> Axis:
-    """The one stretch of `size` that is not padding, where the axis is that and padding around it."""
+    """The one stretch of whole patches that is not padding, where the axis is that and padding around it."""
     stretches = [segment for segment in axis.segments if not Axis((segment,)).is_neutral]
-    is_padded = len(stretches) == 1 and segment_size(stretches[0]) == size < axis.size
-    return Axis((stretches[0],)) if is_padded else axis
+    if len(stretches) != 1 or len(axis.segments) == 1:
+        return axis
+    length = segment_size(stretches[0])
+    is_around = length == size or (axis.size % size and not length % size)
+    return Axis((stretches[0],)) if is_around else axis
 
 
 def _strided(axis: Axis, size: int) -> Axis | None:
-    """A single digit cut into `size` equal patches, or its patches cut up into `size` smaller ones."""
+    """An axis cut into `size` equal patches, or its patches cut up into `size` smaller ones."""
     if axis.size == size:
         return axis
     if size == 1:
         return ONE
     digit = single_digit(axis)
-    if digit is None:
-        return None
-    if digit.origin.is_known and size % axis.size == 0 and digit.stride % (size // axis.size) == 0:
+    if digit is not None and digit.origin.is_known and size % axis.size == 0:
         parts = size // axis.size
-        finer = Digit(digit.origin, digit.stride // parts, size, digit.modulus * parts, digit.start * parts)
-        return Axis.of((finer,))
+        if digit.stride % parts == 0:
+            finer = Digit(digit.origin, digit.stride // parts, size, digit.modulus * parts, digit.start * parts)
+            return Axis.of((finer,))
     if axis.size % size:
         return None
     patch = axis.size // size
-    if digit.start % patch or digit.modulus % patch:
+    stretches = [_strided_stretch(segment, patch) for segment in axis.segments]
+    if None in stretches and digit is not None:
+        # Patches across the parts of a lengthened axis.
+        stretches = [_strided_stretch((digit,), patch)]
+    return None if None in stretches else Axis.of(*(stretch for stretch in stretches if stretch is not None))
+
+
+def _strided_stretch(segment: Segment, patch: int) -> Segment | None:
+    if len(segment) != 1:
         return None
-    return Axis.of((Digit(digit.origin, digit.stride * patch, size, digit.modulus // patch, digit.start // patch),))
+    (digit,) = segment
+    if digit.size % patch or digit.start % patch or digit.modulus % patch:
+        return None
+    sizes = (digit.size // patch, digit.modulus // patch, digit.start // patch)
+    return (Digit(digit.origin, digit.stride * patch, *sizes),)
 
 
 def _permute(tracker: LayoutTracker, node: fx.Node) -> Value:
@@ -650,6 +669,18 @@ def _resample(tracker: LayoutTracker, node: fx.Node) -> Value:
     return tracker.replace_unknown(node, axes)
 
 
+def _transposed_convolution(tracker: LayoutTracker, node: fx.Node) -> Value:
+    """Patches that neither overlap nor leave gaps."""
+    weight, stride = node.args[1], node.args[3] if len(node.args) > 3 else ()
+    assert isinstance(weight, fx.Node) and isinstance(stride, list | tuple)
+    return _resample(tracker, node) if _shape(weight.meta["val"])[2:] == tuple(stride) else None
+
+
+def _first_as_input(tracker: LayoutTracker, node: fx.Node) -> Value:
+    """Several results of which the first has the input's axes; statistics follow."""
+    return [tracker.layout(_source(node))]
+
+
 def _pixel_unshuffle(tracker: LayoutTracker, node: fx.Node) -> Value:
     """[..., C, H*r, W*r] -> [..., C*r*r, H, W]."""
     *outer, _, h, w = tracker.layout(_source(node))
@@ -706,12 +737,10 @@ def _einsum(tracker: LayoutTracker, node: fx.Node) -> Value:
     return tracker.replace_unknown(node, [None if a is None else tracker.unless_filled(node, a) for a in axes])
 
 
-def _reduce(tracker: LayoutTracker, node: fx.Node) -> Value:
+def _reduce(tracker: LayoutTracker, node: fx.Node, position: int = 1) -> Value:
     layout = tracker.layout(_source(node))
     rank = len(layout)
-    # A vector norm's order stands before its axes.
-    place = 2 if node.target is aten.linalg_vector_norm.default else 1
-    dims = node.args[place] if len(node.args) > place else None
+    dims = node.args[position] if len(node.args) > position else None
     if isinstance(dims, int):
         dims = [dims]
     if not isinstance(dims, list | tuple):
@@ -721,6 +750,11 @@ def _reduce(tracker: LayoutTracker, node: fx.Node) -> Value:
     if keep:
         return tuple(ONE if i in reduced else axis for i, axis in enumerate(layout))
     return tuple(axis for i, axis in enumerate(layout) if i not in reduced)
+
+
+def _norm(tracker: LayoutTracker, node: fx.Node) -> Value:
+    """The length of vectors: their order p comes before the axes."""
+    return _reduce(tracker, node, position=2)
 
 
 # Made from the shape of their input alone.
@@ -744,6 +778,8 @@ _TRANSFERS: dict[Any, Transfer] = {
             aten.rms_norm,
             aten._fused_rms_norm,
             aten.group_norm,
+            aten.instance_norm,
+            aten.prelu,
             aten.softmax,
             aten._softmax,
             aten.dropout,
@@ -760,6 +796,7 @@ _TRANSFERS: dict[Any, Transfer] = {
         ],
         _same_as_input,
     ),
+    aten._native_batch_norm_legit_no_training: _first_as_input,
     aten.copy: _elementwise,
     aten.linear: _linear,
     **dict.fromkeys([aten.matmul, aten.mm, aten.bmm, aten.addmm, aten.baddbmm], _matmul),
@@ -781,7 +818,7 @@ _TRANSFERS: dict[Any, Transfer] = {
         _reshape,
     ),
     aten.unsqueeze: _unsqueeze,
-    **dict.fromkeys([aten.expand, aten.repeat], _expand),
+    **dict.fromkeys([aten.expand, aten.repeat, aten.tile], _expand),
     **dict.fromkeys([aten.cat, aten.concat, aten.concatenate], _cat),
     aten.stack: _stack,
     aten.pad_sequence: _pad_sequence,
@@ -810,5 +847,8 @@ _TRANSFERS: dict[Any, Transfer] = {
     aten.unfold: _unfold,
     aten.im2col: _im2col,
     aten.einsum: _einsum,
-    **dict.fromkeys([aten.mean, aten.sum, aten.amax, aten.amin, aten.var, aten.std, aten.linalg_vector_norm], _reduce),
+    **dict.fromkeys([aten.linalg_vector_norm, aten.norm], _norm),
+    **dict.fromkeys([aten.logsumexp, aten.prod], _reduce),
+    **dict.fromkeys([aten.conv_transpose1d, aten.conv_transpose2d, aten.conv_transpose3d], _transposed_convolution),
+    **dict.fromkeys([aten.mean, aten.sum, aten.amax, aten.amin, aten.var, aten.std], _reduce),
 }

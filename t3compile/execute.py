@@ -99,15 +99,17 @@ class _Executor(fx.Interpreter):
 def _restrided(value: Any, node: fx.Node) -> Any:
     """The value with the strides that the views behind it were traced for; kernels choose others in float64."""
     traced = node.meta.get("val")
-    if not isinstance(value, Tensor) or not isinstance(traced, Tensor) or value.stride() == traced.stride():
+    if not isinstance(value, Tensor) or not isinstance(traced, Tensor) or _steps(value) == _steps(traced):
         return value
-    repeated = [
-        dim for dim, (size, step) in enumerate(zip(value.shape, traced.stride(), strict=True)) if step == 0 < size
-    ]
-    once = value
-    for dim in repeated:
-        once = once.narrow(dim, 0, 1)
-    return torch.empty_strided(once.shape, traced.stride(), dtype=value.dtype).copy_(once).expand(value.shape)
+    if 0 in _steps(traced):
+        # An expanded tensor cannot be written to; a contiguous one takes every view that it takes.
+        return value.contiguous()
+    return torch.empty_strided(value.shape, traced.stride(), dtype=value.dtype).copy_(value)
+
+
+def _steps(value: Tensor) -> list[int]:
+    """Strides of the axes that are longer than one; the others have no meaning."""
+    return [stride for size, stride in zip(value.shape, value.stride(), strict=True) if size != 1]
 
 
 def _widest(dtype: torch.dtype) -> torch.dtype:

@@ -82,7 +82,17 @@ def test_split_that_cuts_no_whole_digit_is_unknown() -> None:
     assert merged.split([8, 3]) is None
     assert merged.split([4, 6]) is None
     assert concatenate([T, H]).split([11, 1]) == [concatenate([T, H]), ONE]
-    assert concatenate([T, T]).split([2, 3]) is None
+
+
+def test_parts_of_a_rolled_axis_make_it_again() -> None:
+    start, end = H.slice(0, 1), H.slice(1, 8)
+    assert start is not None and end is not None
+    rolled = concatenate([end, start])
+    parts = rolled.split([4, 2])
+    assert parts is not None
+    assert not any(part.is_known for part in parts)
+    assert product(parts) == rolled
+    assert product(parts[::-1]) not in (rolled, H)
 
 
 def test_split_of_a_stretch_needs_it_to_start_on_a_part() -> None:
@@ -397,6 +407,35 @@ def windows_there_and_back(net: Function, x: Tensor) -> Tensor:
     return whole.flatten(4, 5).flatten(2, 3).flatten(1, 3)
 
 
+def shifted_windows_there_and_back(net: Function, x: Tensor) -> Tensor:
+    volume = net.conv3d(x).permute(0, 2, 3, 4, 1).roll((1, 2), (2, 3))
+    windows = volume.unflatten(2, (2, 2)).permute(0, 2, 1, 3, 4, 5).flatten(0, 1)
+    whole = windows.unflatten(0, (1, 2)).permute(0, 2, 1, 3, 4, 5).flatten(2, 3)
+    return whole.roll((-1, -2), (2, 3)).flatten(1, 3)
+
+
+def unit_vectors(net: Function, x: Tensor) -> Tensor:
+    return nn.functional.normalize(conv3d(net, x), dim=-1)
+
+
+def coarse_beside_fine(net: Function, x: Tensor) -> Tensor:
+    """A decoder that spreads channels over patches, beside the finer stage that they came from."""
+    fine = net.conv3d(x).permute(0, 2, 3, 4, 1)  # [B, T, 4, 4, C]
+    coarse = fine.unflatten(3, (2, 2)).unflatten(2, (2, 2)).permute(0, 1, 2, 4, 3, 5, 6).flatten(4)
+    spread = nn.functional.linear(coarse, x.new_ones(24, 24)).unflatten(4, (2, 2, 6))
+    return (fine + spread.permute(0, 1, 2, 4, 3, 5, 6).flatten(4, 5).flatten(2, 3)).flatten(1, 3)
+
+
+def upsampled_beside_fine(net: Function, x: Tensor) -> Tensor:
+    frame = net.conv2d(x[:, :, 0])  # [B, C, 4, 4]
+    coarse = nn.functional.avg_pool2d(frame, 2)
+    larger = nn.functional.conv_transpose2d(coarse, x.new_ones(6, 6, 2, 2), stride=2)
+    nearest = nn.functional.interpolate(coarse, scale_factor=2, mode="nearest")
+    shuffled = nn.functional.pixel_shuffle(coarse.repeat(1, 4, 1, 1), 2)
+    normed = nn.functional.batch_norm(frame, x.new_zeros(6), x.new_ones(6))
+    return (normed + larger + nearest + shuffled).flatten(2).transpose(1, 2)
+
+
 def padded_and_cropped(net: Function, x: Tensor) -> Tensor:
     return nn.functional.pad(conv3d(net, x), (0, 0, 2, 3))[:, 2:-3]
 
@@ -434,6 +473,8 @@ def shuffled_pixels(net: Function, x: Tensor) -> Tensor:
         rolled_there_and_back,
         rotated,
         windows_there_and_back,
+        shifted_windows_there_and_back,
+        unit_vectors,
         padded_and_cropped,
         lambda net, x: conv3d(net, x).repeat(1, 1, 2),
         lambda net, x: torch.stack([conv3d(net, x), conv3d(net, x)]).mean(0),
@@ -509,7 +550,6 @@ def test_windows_are_the_inner_digits() -> None:
         (lambda net, x: torch.gather(x, 2, torch.zeros_like(x, dtype=torch.long)), "aten.gather"),
         (lambda net, x: x[:, :, ::2], "aten.slice"),
         (lambda net, x: x.repeat(1, 1, 2, 1, 1), "aten.repeat"),
-        (lambda net, x: torch.cat([x, x], 2).unflatten(2, (2, 3)).transpose(2, 3).flatten(2, 3), "aten.view"),
     ],
 )
 def test_order_that_is_lost_names_the_operation(function: Callable[..., Tensor], maker: str) -> None:
@@ -520,13 +560,73 @@ def test_order_that_is_lost_names_the_operation(function: Callable[..., Tensor],
     assert "node '" in str(digit.origin)
 
 
-def test_tokens_mixed_by_a_weight_have_no_order_of_their_own() -> None:
-    def mixed(net: Function, x: Tensor) -> Tensor:
-        return nn.functional.linear(conv3d(net, x).mT, torch.ones(60, 60)).mT
+@pytest.mark.parametrize("batch", [1, 2])
+def test_multi_head_attention_keeps_the_order_of_text_and_video(batch: int) -> None:
+    """It flattens the sequence with the batch behind it, and splits them again."""
+    attention = nn.MultiheadAttention(6, 2, batch_first=True).eval()
 
-    assert not layout_of(Function(mixed), VIDEO)[1].is_known
-    beside = layout_of(Function(lambda net, x: conv3d(net, x) + mixed(net, x)), VIDEO)[1]
-    assert beside == of_x(GRID)
+    def function(net: Function, x: Tensor, y: Tensor) -> Tensor:
+        tokens = torch.cat([net.text(y), conv3d(net, x)], 1)
+        tokens = tokens + attention(tokens, tokens, tokens, need_weights=False)[0]
+        return tokens + attention(tokens, tokens, tokens)[0]
+
+    net = Function(function)
+    net.attention = attention
+    layout = layout_of(net, VIDEO.expand(batch, -1, -1, -1, -1), TEXT.expand(batch, -1, -1))
+    assert layout[1] == of_x(concatenate([input_axis("text", 1, 7), GRID]))
+
+
+def test_stretches_with_the_same_inner_factor_are_split_from_it() -> None:
+    sequence, batch = concatenate([input_axis("text", 1, 7), product([T, H])]), input_axis("x", 0, 2)
+    assert product([sequence, batch]).split([31, 2]) == [sequence, batch]
+    assert product([sequence, batch]).split([1, 31, 1, 2]) == [ONE, sequence, ONE, batch]
+    unlike = concatenate([product([T, batch]), product([H, W])])
+    split = unlike.split([43, 2])
+    assert split is not None
+    assert not any(part.is_known for part in split)
+
+
+def test_reordered_parts_of_a_concatenation_are_no_axis() -> None:
+    def function(net: Function, x: Tensor) -> Tensor:
+        return torch.cat([x, x[:, :, :1]], 2).unflatten(2, (2, 2)).transpose(2, 3).flatten(2, 3)
+
+    axis = layout_of(Function(function), VIDEO)[2]
+    assert [digit.is_whole for digit in axis.segments[0]] == [False, False]
+    assert [digit.stride for digit in axis.segments[0]] == [1, 2]
+
+
+def test_patches_of_two_pictures_side_by_side() -> None:
+    """And a convolution that pads behind only."""
+    layout = layout_of(Function(lambda net, x, y: net.conv3d(torch.cat([x, y], 4))), VIDEO, VIDEO)
+    both = concatenate([patched(4, 10, 2), patched(4, 10, 2, "text")])
+    assert layout[4] == of_x(both)
+
+    def padded_behind(net: Function, x: Tensor) -> Tensor:
+        return nn.functional.conv3d(nn.functional.pad(x, (0, 1, 0, 1)), x.new_ones(2, 2, 1, 3, 3), stride=(1, 2, 2))
+
+    layout = layout_of(Function(padded_behind), VIDEO)
+    assert layout[3:] == (of_x(patched(3, 8, 2)), of_x(patched(4, 10, 2)))
+
+
+def test_patches_across_two_pictures_are_lost() -> None:
+    layout = layout_of(Function(lambda net, x: net.conv3d(torch.cat([x[..., :7], x[..., 1:8]], 4))), VIDEO)
+    assert not layout[4].is_known
+
+
+@pytest.mark.parametrize("function", [coarse_beside_fine, upsampled_beside_fine])
+def test_a_coarse_stage_beside_a_fine_one_leaves_its_order(function: Callable[..., Tensor]) -> None:
+    layout = layout_of(Function(function), torch.randn(1, 2, 3, 8, 8))
+    frames = [patched(2, 3, 1)] if function is coarse_beside_fine else []
+    assert layout[1] == of_x(row_major(*frames, patched(3, 8, 2), patched(4, 8, 2)))
+
+
+def test_tokens_mixed_with_each_other_have_no_order() -> None:
+    def function(net: Function, x: Tensor) -> Tensor:
+        tokens = conv3d(net, x)
+        return tokens + nn.functional.linear(tokens.mT, tokens.new_ones(60, 60)).mT
+
+    axis = layout_of(Function(function), VIDEO)[1]
+    assert not axis.is_known
 
 
 def test_operands_in_different_orders_make_no_order() -> None:

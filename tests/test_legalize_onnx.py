@@ -212,6 +212,47 @@ def test_graphs_without_views_are_left() -> None:
     assert_does_not_fire(SettleStrides(), traced(lambda x: x.transpose(0, 1) + 1, randn(3, 4)))
 
 
+# --- operands of two dtypes
+
+
+def test_operands_of_two_dtypes_get_the_one_of_the_result(tmp_path: Path) -> None:
+    def widen(positions: Tensor, counts: Tensor, rates: Tensor) -> tuple[Tensor, ...]:
+        angles = torch.einsum("...n,d->...nd", positions, rates)
+        return angles.float(), torch.stack([positions, counts], -1), torch.stack([rates, rates.float()])
+
+    program = traced(widen, randn(2, 3), torch.arange(6).reshape(2, 3), randn(4, dtype=torch.float64))
+    legal = fired(PromoteOperands(), program)
+    casts = {str(node.meta["val"].dtype) for node in legal.graph.nodes if node.name.startswith("_to_copy")}
+    assert casts == {"torch.float32", "torch.float64"}
+    assert_same_in_onnx(program, tmp_path)
+
+
+def test_norms_with_wider_weights_run_in_their_dtype(tmp_path: Path) -> None:
+    def norms(x: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, ...]:
+        half = x.bfloat16()
+        normed = torch.nn.functional.layer_norm(half, (6,), weight, bias)
+        grouped = torch.nn.functional.group_norm(half.mT, 2, weight, bias)
+        return normed.float(), grouped.float()
+
+    program = traced(norms, randn(2, 4, 6), weight=randn(6, seed=1), bias=randn(6, seed=2))
+    legal = fired(PromoteOperands(), program)
+    kinds = [node for node in legal.graph.nodes if node.target in (aten.layer_norm.default, aten.group_norm.default)]
+    assert [node.meta["val"].dtype for node in kinds] == [torch.float32, torch.float32]
+    assert_same_in_onnx(program, tmp_path)
+
+
+def test_operands_of_one_dtype_are_left() -> None:
+    program = traced(
+        lambda x, y: (torch.einsum("ij,kj->ik", x, y), torch.stack([x, x]), x * y.double()[:3]),
+        randn(3, 4),
+        randn(5, 4),
+    )
+    assert_does_not_fire(PromoteOperands(), program)
+
+
+# --- attention
+
+
 def test_attention_gets_four_axes_and_equal_heads(tmp_path: Path) -> None:
     def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, ...]:
         return (
@@ -408,9 +449,3 @@ def test_operands_of_different_dtypes_are_promoted(name: str, tmp_path: Path) ->
     program = traced(MIXED_DTYPES[name], *inputs)
     fired(PromoteOperands(), program)
     assert_same_in_onnx(program, tmp_path)
-
-
-def test_operands_of_one_dtype_are_left() -> None:
-    x, y = randn(3, 4), randn(3, 4, seed=1)
-    assert_does_not_fire(PromoteOperands(), traced(lambda x, y: torch.stack([x, y]), x, y))
-    assert_does_not_fire(PromoteOperands(), traced(lambda x, y: torch.einsum("ab,cb->ac", x, y), x, y))
