@@ -56,7 +56,7 @@ def to_onnx_model(program: Program, *, form: AttentionForm = "attention") -> ir.
     for name, value in program.exported.constants.items():
         if isinstance(value, FakeTensor):
             raise ExportError(
-                f"constant '{name}' of the traced program has no value: an earlier trace left it in the model; build the "
+                f"constant '{name}' of the program has no value: an earlier trace left it in the model; build the "
                 "model anew and trace it once"
             )
     outputs = program.exported.graph_signature.user_outputs
