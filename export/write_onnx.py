@@ -7,6 +7,7 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
+from torch._subclasses.fake_tensor import FakeTensor
 
 from t3compile.errors import ExportError
 from t3compile.export.torch_onnx import export_graph
@@ -52,6 +53,12 @@ def write_onnx(
 
 def to_onnx_model(program: Program, *, form: AttentionForm = "attention") -> ir.Model:
     """The model in memory, from a legalized program: nodes t3::WindowAttention_<hash> and their functions."""
+    for name, value in program.exported.constants.items():
+        if isinstance(value, FakeTensor):
+            raise ExportError(
+                f"constant '{name}' of the program has no value: an earlier trace left it in the model; build the "
+                "model anew and trace it once"
+            )
     outputs = program.exported.graph_signature.user_outputs
     names = ["output"] if len(outputs) == 1 else [f"output_{i}" for i in range(len(outputs))]
     model = export_graph(program.with_weights(), output_names=names)

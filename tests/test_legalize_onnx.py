@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,11 @@ import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 from torch.nn.functional import scaled_dot_product_attention
 
+from t3compile.errors import ExportError
 from t3compile.execute import execute
 from t3compile.inputs import named_inputs
 from t3compile.passes.expand_attention import ExpandAttention
@@ -28,7 +31,7 @@ from t3compile.passes.spell_flex_attention import SpellFlexAttention
 from t3compile.passes.split_complex import SplitComplex
 from t3compile.passes.squeeze_unit_axes import SqueezeUnitAxes
 from t3compile.pipeline import OnnxReport, export_onnx_report
-from t3compile.program import Program, trace
+from t3compile.program import Program, copy_exported, trace
 from tests.test_passes import assert_does_not_fire, assert_idempotent, count
 
 aten = torch.ops.aten
@@ -372,6 +375,16 @@ def test_an_input_that_is_returned_keeps_its_name(tmp_path: Path) -> None:
     session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
     assert [value.name for value in session.get_inputs()] == ["inputs_0"]
     assert [value.name for value in session.get_outputs()] == ["output_0", "output_1"]
+
+
+def test_a_constant_without_a_value_is_refused(tmp_path: Path) -> None:
+    program = traced(lambda x: x + torch.tensor([1.0, 2.0, 3.0]), randn(3))
+    with FakeTensorMode() as mode:
+        constants = {name: mode.from_tensor(value) for name, value in program.exported.constants.items()}
+    assert constants
+    fake = replace(program, exported=copy_exported(program.exported, constants=constants))
+    with pytest.raises(ExportError, match="has no value"):
+        export_onnx_report(fake, tmp_path / "model.onnx")
 
 
 # --- complex numbers
