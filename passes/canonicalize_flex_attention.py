@@ -40,7 +40,7 @@ def _replace(node: fx.Node, graph_module: fx.GraphModule) -> bool:
     assert isinstance(query, fx.Node) and isinstance(key, fx.Node) and isinstance(block_mask, tuple)
     *_, query_block, key_block, mask_function = block_mask
     lengths = (query.meta["val"].shape[-2], key.meta["val"].shape[-2])
-    is_one_block = query_block >= lengths[0] and key_block >= lengths[1]  # type: ignore[operator]
+    is_one_block = query_block >= lengths[0] and key_block >= lengths[1]
     if not is_one_block or not _keeps_scores(graph_module, score_function) or not _is_true(graph_module, mask_function):
         return False
     if any(user.target is not operator.getitem or (user.args[1] != 0 and user.users) for user in node.users):
