@@ -98,7 +98,8 @@ def _looks_like_attention(softmax: fx.Node, fed: frozenset[fx.Node]) -> bool:
     shape = node_shape(softmax)
     if len(shape) < 2 or min(shape[-2:]) < 2:
         return False
-    pending, seen = [softmax.args[0]], set()
+    pending: list[object] = [softmax.args[0]]
+    seen: set[fx.Node] = set()
     while pending and len(seen) < _MAX_STEPS:
         node = pending.pop(0)
         if not isinstance(node, fx.Node) or node in seen or not isinstance(node.meta.get("val"), Tensor):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from dataclasses import replace
 from typing import Any
 
@@ -28,12 +29,21 @@ from tests.zoo.table import PAGE, Record, changes, read_records, render
 from tests.zoo.window_reference import EagerCall, match_calls, run_windowed, window_masks
 
 
+def _is_exported_here(name: str) -> bool:
+    """Export takes most of a row's time: the suite exports every third model, `make models` all of them."""
+    return os.environ.get("T3COMPILE_ZOO") == "all" or [entry.name for entry in ENTRIES].index(name) % 3 == 0
+
+
 @pytest.mark.filterwarnings("ignore")
 @pytest.mark.parametrize("name", [entry.name for entry in ENTRIES])
 def test_model_is_as_recorded(name: str) -> None:
     record = read_records().get(name)
     assert record is not None, f"{name} has no record: run 'make models'"
-    found = changes(run_entry(entry_named(name)), record)
+    onnx = _is_exported_here(name)
+    row = run_entry(entry_named(name), onnx=onnx)
+    if not onnx:
+        row = replace(row, stages={**row.stages, "onnx": Stage(record.status["onnx"])})
+    found = changes(row, record)
     assert not found["worse"], f"{name} is worse than recorded: {found}"
     assert not any(found.values()), f"{name} is not as recorded, run 'make models': {found}"
 
