@@ -81,7 +81,7 @@ def _expand(call: AttentionCall) -> None:
 
 def _shared_heads(call: AttentionCall) -> int:
     heads = [call.shape(x)[-3:-2] for x in (call.q, call.k, call.v)]
-    return (*torch.broadcast_shapes(*heads), 1)[0]
+    return int((*torch.broadcast_shapes(*heads), 1)[0])
 
 
 def _reshaped(cursor: Cursor, x: fx.Node, wanted: tuple[int, ...]) -> fx.Node:

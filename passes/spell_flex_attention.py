@@ -51,8 +51,9 @@ def _functions(graph_module: fx.GraphModule, node: fx.Node) -> tuple[fx.Graph, f
     """The graphs of score_mod (score, b, h, q, k, others) and mask_mod (b, h, q, k, others)."""
     score, blocks = node.args[3], node.args[4]
     mask = blocks[-1]  # type: ignore[index]
-    score_graph, mask_graph = (graph_module.get_submodule(str(x.target)).graph for x in (score, mask))  # type: ignore[union-attr]
-    return score_graph, mask_graph
+    functions = [graph_module.get_submodule(str(x.target)) for x in (score, mask)]  # type: ignore[union-attr]
+    assert all(isinstance(function, fx.GraphModule) for function in functions)
+    return functions[0].graph, functions[1].graph  # type: ignore[return-value]
 
 
 def _is_spellable(graph_module: fx.GraphModule, node: fx.Node) -> bool:
@@ -85,13 +86,12 @@ def _spell(graph_module: fx.GraphModule, node: fx.Node) -> None:
     sizes = (rows.shape[0], rows.shape[1], rows.shape[2], keys.shape[2])
     places = [_places(cursor, size, axis, rows.device) for axis, size in enumerate(sizes)]
     score_graph, mask_graph = _functions(graph_module, node)
-    mask = _inline(cursor, mask_graph, [*places, *mask_others])  # type: ignore[misc]
-    if _is_true(mask):
-        mask = None
-    else:
+    seen = _inline(cursor, mask_graph, [*places, *mask_others])  # type: ignore[misc]
+    mask: fx.Node | None = None
+    if not _is_true(seen):
         # Attention broadcasts a mask over batch and heads, not over queries and keys.
-        shape = (*((1,) * 4), *mask.meta["val"].shape)[-4:]
-        mask = cursor.call(aten.expand.default, mask, [*shape[:2], *sizes[2:]])
+        shape = (*((1,) * 4), *seen.meta["val"].shape)[-4:]
+        mask = cursor.call(aten.expand.default, seen, [*shape[:2], *sizes[2:]])
     is_grouped = rows.shape[1] != keys.shape[1]
     if _returned(score_graph) is next(iter(score_graph.nodes)):
         options = {"enable_gqa": True} if is_grouped else {}
