@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from t3compile.passes.find_attention import ATTENTION, AttentionCall
+from t3compile.passes.attention_call import ATTENTION, AttentionCall
 from t3compile.passes.graph_pass import Cursor, GraphPass, replace_node
 from t3compile.program import Program
 
@@ -81,7 +81,8 @@ def _expand(call: AttentionCall) -> None:
 
 def _shared_heads(call: AttentionCall) -> int:
     heads = [call.shape(x)[-3:-2] for x in (call.q, call.k, call.v)]
-    return int((*torch.broadcast_shapes(*heads), 1)[0])
+    shared: int = (*torch.broadcast_shapes(*heads), 1)[0]
+    return shared
 
 
 def _reshaped(cursor: Cursor, x: fx.Node, wanted: tuple[int, ...]) -> fx.Node:

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
-from t3compile.passes.find_attention import ATTENTION
+from t3compile.passes.attention_call import ATTENTION
 from t3compile.passes.graph_pass import Cursor, GraphPass, is_call
 from t3compile.program import Program
 

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, fx
 from torch._higher_order_ops.flex_attention import flex_attention
 
-from t3compile.passes.find_attention import ATTENTION
+from t3compile.passes.attention_call import ATTENTION
 from t3compile.passes.graph_pass import Cursor, GraphPass, is_call, replace_node
 from t3compile.program import Program
 
@@ -52,8 +52,9 @@ def _functions(graph_module: fx.GraphModule, node: fx.Node) -> tuple[fx.Graph, f
     score, blocks = node.args[3], node.args[4]
     mask = blocks[-1]  # type: ignore[index]
     functions = [graph_module.get_submodule(str(x.target)) for x in (score, mask)]  # type: ignore[union-attr]
-    assert all(isinstance(function, fx.GraphModule) for function in functions)
-    return functions[0].graph, functions[1].graph  # type: ignore[return-value]
+    score_graph, mask_graph = (function.graph for function in functions)
+    assert isinstance(score_graph, fx.Graph) and isinstance(mask_graph, fx.Graph)
+    return score_graph, mask_graph
 
 
 def _is_spellable(graph_module: fx.GraphModule, node: fx.Node) -> bool:

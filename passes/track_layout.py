@@ -191,8 +191,9 @@ def _getitem(tracker: LayoutTracker, node: fx.Node) -> Value:
     source, index = node.args
     assert isinstance(source, fx.Node)
     value = tracker._values[source]
-    is_listed = isinstance(value, list) and isinstance(index, int) and index < len(value)
-    return value[index] if is_listed else None  # type: ignore[index]
+    if isinstance(value, list) and isinstance(index, int) and index < len(value):
+        return value[index]
+    return None
 
 
 def _source(node: fx.Node) -> fx.Node:
@@ -221,10 +222,10 @@ def _elementwise(tracker: LayoutTracker, node: fx.Node) -> Value:
             if axes[i] is None:
                 conflicts.add(i)
     for operand, skipped, layout in layouts:
-        for i, axis in enumerate(axes):
+        for i, joined in enumerate(axes):
             own = layout[i - skipped] if i >= skipped else ONE
-            if axis is not None and own.size > 1 and own != axis:
-                tracker.meet(axis, operand, i - skipped)
+            if joined is not None and own.size > 1 and own != joined:
+                tracker.meet(joined, operand, i - skipped)
     return tracker.replace_unknown(node, axes)
 
 
@@ -627,7 +628,8 @@ def _picked(tracker: LayoutTracker, node: fx.Node, layout: Layout, dim: int, ind
     positions = [int(i) % layout[dim].size for i in index.flatten().tolist()]
     taken = layout[dim].take(positions)
     parts = None if taken is None else taken.split(tuple(index.shape))
-    axes: list[Axis | None] = [*layout[:dim], *(parts or [None] * index.dim()), *layout[dim + 1 :]]
+    blank: list[Axis | None] = [None] * index.dim()
+    axes: list[Axis | None] = [*layout[:dim], *(blank if parts is None else parts), *layout[dim + 1 :]]
     return tracker.replace_unknown(node, axes)
 
 

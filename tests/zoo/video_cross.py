@@ -281,10 +281,11 @@ ENTRIES: tuple[ZooEntry, ...] = (
         name="AnyFlowFARTransformer3DModel",
         build=lambda: diffusers.AnyFlowFARTransformer3DModel(**WAN_SIZES),
         inputs=_far_inputs,
-        grid_sites=0,
+        grid_sites=2,
+        grid=TokenGrid(3, 4, 6),
         expected=(
-            "Causal over chunks: the newest chunk attends to cached keys, some of coarser patches, and to itself,"
-            " through flex_attention over a sequence padded to 128 tokens."
+            "flex_attention over a sequence padded to 128 tokens; the padding is not hidden, and one chunk without a"
+            " cache attends to all of itself. The eager reference cannot replace flex_attention."
         ),
     ),
     ZooEntry(
