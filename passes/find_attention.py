@@ -25,7 +25,6 @@ from t3compile.passes.read_grid import (
     describe_tokens,
     is_tensor_input,
     refine_grid,
-    segment_starts,
 )
 from t3compile.passes.read_values import ValueReader
 from t3compile.passes.track_layout import LayoutTracker
@@ -259,10 +258,9 @@ def _given(call: AttentionCall, reader: GridReader, hint: GridHint) -> _Tokens |
     """A grid from the user on a sequence whose order the graph does not tell."""
     queries, keys = reader.tokens(call.q), reader.tokens(call.k)
     count = hint.grid.tokens
-    starts = [sum(segment_size(s) for s in keys.segments[:i]) for i in range(len(keys.segments))]
     start = hint.start
     if start is None:
-        fitting = [start for start, s in zip(starts, keys.segments, strict=True) if segment_size(s) == count]
+        fitting = [place for place, segment in keys.placed() if segment_size(segment) == count]
         fitting = fitting or _shared_stretches(queries, keys, count)
         if len(fitting) != 1:
             sizes = [segment_size(segment) for segment in keys.segments]
@@ -277,8 +275,7 @@ def _given(call: AttentionCall, reader: GridReader, hint: GridHint) -> _Tokens |
         return Refusal("grid-mismatch", f"no {count} tokens of one kind at {start} in {describe_tokens(keys)}")
     if hint.start is None and any(len(s) > 1 and Axis((s,)).is_known for s in piece.segments):
         return Refusal("grid-mismatch", f"the tokens are {describe_tokens(piece)}")
-    places = [start, *(sum(segment_size(s) for s in queries.segments[:i]) for i in range(len(queries.segments)))]
-    for place in places:
+    for place in (start, *(place for place, _ in queries.placed())):
         if place + count <= queries.size and queries.slice(place, place + count) == piece:
             return _around(call, hint.grid, "thw", start, place)
     words = f"queries are {describe_tokens(queries)}, keys {describe_tokens(keys)}"
@@ -288,7 +285,7 @@ def _given(call: AttentionCall, reader: GridReader, hint: GridHint) -> _Tokens |
 def _shared_stretches(queries: Axis, keys: Axis, count: int) -> list[int]:
     """Where stretches of ``count`` queries stand among the keys."""
     found = []
-    for segment, start in segment_starts(keys):
+    for start, segment in keys.placed():
         for asked in queries.segments:
             if segment_size(asked) == count and asked and segment and asked[0].origin == segment[0].origin:
                 place = start + (asked[0].start - segment[0].start) * segment_size(segment[1:])

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 
@@ -183,19 +183,23 @@ class Axis:
         parts = Axis.of(factor).split(inner)
         return None if parts is None else [*([ONE] * outermost), Axis.of(*outer), *parts]
 
+    def placed(self) -> Iterator[tuple[int, Segment]]:
+        """Every segment after the position where it starts."""
+        position = 0
+        for segment in self.segments:
+            yield position, segment
+            position += segment_size(segment)
+
     def slice(self, start: int, stop: int) -> Axis | None:
         """Positions start..stop-1, or None where a segment would be cut inside a digit product."""
         pieces: list[Segment] = []
-        position = 0
-        for segment in self.segments:
-            size = segment_size(segment)
-            low, high = max(start - position, 0), min(stop - position, size)
+        for position, segment in self.placed():
+            low, high = max(start - position, 0), min(stop - position, segment_size(segment))
             if low < high:
                 piece = _slice_segment(segment, low, high)
                 if piece is None:
                     return None
                 pieces.append(piece)
-            position += size
         return Axis.of(*pieces)
 
     def reversed(self, made_by: str = "a reversal") -> Axis:
@@ -229,13 +233,11 @@ class Axis:
 
     def _reordered(self, positions: Sequence[int], place: int) -> Axis | None:
         """The segment that starts at ``place``, whole, its digits in another order."""
-        start = 0
-        for segment in self.segments:
+        for start, segment in self.placed():
             size = segment_size(segment)
             wanted = [position - start for position in positions[place : place + size]]
             if 2 <= len(segment) <= 4 and len(wanted) == size and all(0 <= p < size for p in (wanted[0], wanted[-1])):
                 return _permuted(segment, wanted)
-            start += size
         return None
 
 

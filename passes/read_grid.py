@@ -68,13 +68,11 @@ class GridReader:
         *outer, tokens, _ = self._tracker.layout(node)
         dropped = self._tracker.dropped(node)
         read: list[Stretch | Refusal] = []
-        start = 0
-        for segment in tokens.segments:
+        for start, segment in tokens.placed():
             found = self._read(_with_rest(segment, tokens), segment, start, outer, dropped)
             if isinstance(found, Refusal) and found.reason == "already-windowed" and _is_scattered(segment, tokens):
                 found = Refusal("unknown-layout", f"the tokens are in an order of parts: {describe_tokens(tokens)}")
             read.append(found)
-            start += segment_size(segment)
         return read
 
     def _read(
@@ -145,20 +143,12 @@ class GridReader:
         if own is not None:
             yield Beside(own, origin.axis, 0)
         for beside in self._tracker.beside(origin):
-            for segment, start in segment_starts(self._tracker.layout(beside.node)[beside.dim]):
+            for start, segment in self._tracker.layout(beside.node)[beside.dim].placed():
                 ids = self._placeholders.get(str(segment[0].origin.input_name)) if is_flat(segment) else None
                 offset = beside.start - start
                 if ids is not None and offset >= 0 and offset + origin.length <= segment[0].size:
                     yield Beside(ids, segment[0].origin.axis, offset)
             yield beside
-
-
-def segment_starts(axis: Axis) -> Iterator[tuple[Segment, int]]:
-    """Every segment with the place where it starts."""
-    start = 0
-    for segment in axis.segments:
-        yield segment, start
-        start += segment_size(segment)
 
 
 def _with_rest(segment: Segment, tokens: Axis) -> Segment:

@@ -58,6 +58,11 @@ def _shape(value: object) -> tuple[int, ...]:
     return tuple(int(size) for size in value.shape)
 
 
+def _made_by(node: fx.Node) -> str:
+    """The node in words, as reasons name the maker of an axis of unknown meaning."""
+    return f"{node.target} (node '{node.name}')"
+
+
 def _no_table(_: fx.Node) -> None:
     return None
 
@@ -101,7 +106,7 @@ class LayoutTracker:
     def unknown(self, node: fx.Node) -> Layout:
         source = node.args[0] if node.target is operator.getitem else node
         assert isinstance(source, fx.Node)
-        made_by = f"{source.target} (node '{source.name}')"
+        made_by = _made_by(source)
         shape = _shape(node.meta["val"])
         reach = self._reach[node]
         return tuple(unknown_axis(made_by, i, size, reach) for i, size in enumerate(shape))
@@ -109,7 +114,7 @@ class LayoutTracker:
     def features(self, node: fx.Node, dim: int) -> Axis:
         """The axis that a weight makes: no tokens stand there."""
         size = _shape(node.meta["val"])[dim]
-        made_by = f"{node.target} (node '{node.name}')"
+        made_by = _made_by(node)
         origin = Origin(None, dim, size, made_by, self._reach[node], is_feature=True)
         return Axis.of((Digit(origin, 1, size, size),)) if size > 1 else ONE
 
@@ -161,11 +166,9 @@ class LayoutTracker:
 
     def meet(self, axis: Axis, node: fx.Node, dim: int) -> None:
         """Record that `node`'s axis `dim` met the tokens of `axis`."""
-        start = 0
-        for segment in axis.segments:
+        for start, segment in axis.placed():
             if is_flat(segment):
                 self._beside.setdefault(segment[0].origin, {})[Beside(node, dim, start)] = None
-            start += segment_size(segment)
 
     def unless_filled(self, node: fx.Node, axis: Axis) -> Axis | None:
         """The axis, or None where it had no meaning and the operation puts tokens of an input there."""
@@ -415,7 +418,7 @@ def _pad_sequence(tracker: LayoutTracker, node: fx.Node) -> Value:
     assert isinstance(tensors, list | tuple)
     layouts = [tracker.layout(x) for x in tensors if isinstance(x, fx.Node)]
     longest = max(layout[0].size for layout in layouts)
-    made_by = f"{node.target} (node '{node.name}')"
+    made_by = _made_by(node)
     padded = [concatenate([x[0], unknown_axis(made_by, 0, longest - x[0].size)]) for x in layouts]
     tokens = _join_all(padded)
     batch = ONE if len(layouts) == 1 else None
@@ -441,7 +444,7 @@ def _pieces(tracker: LayoutTracker, node: fx.Node) -> Value:
     for i, value in enumerate(values):
         shape = _shape(value)
         axis = layout[dim].slice(start, start + shape[dim])
-        blank = unknown_axis(f"{node.target} (node '{node.name}')", i, shape[dim], tracker.reach(node))
+        blank = unknown_axis(_made_by(node), i, shape[dim], tracker.reach(node))
         pieces.append((*layout[:dim], axis or blank, *layout[dim + 1 :]))
         start += shape[dim]
     return pieces
@@ -476,7 +479,7 @@ def _pad(tracker: LayoutTracker, node: fx.Node) -> Value:
     axes: list[Axis | None] = list(tracker.layout(_source(node)))
     pads = node.args[1]
     assert isinstance(pads, list | tuple)
-    made_by = f"{node.target} (node '{node.name}')"
+    made_by = _made_by(node)
     for i in range(len(pads) // 2):
         before, after = int(pads[2 * i]), int(pads[2 * i + 1])  # type: ignore[arg-type]
         dim = len(axes) - 1 - i
@@ -650,7 +653,7 @@ def _flip(tracker: LayoutTracker, node: fx.Node) -> Value:
     layout = tracker.layout(_source(node))
     dims = node.args[1]
     assert isinstance(dims, list | tuple)
-    made_by = f"{node.target} (node '{node.name}')"
+    made_by = _made_by(node)
     turned = {int(dim) % len(layout) for dim in dims}  # type: ignore[arg-type]
     return tuple(axis.reversed(made_by) if i in turned else axis for i, axis in enumerate(layout))
 
