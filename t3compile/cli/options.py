@@ -1,0 +1,90 @@
+"""Options that commands share, exit codes, and how a command ends in front of the user."""
+
+from __future__ import annotations
+
+import functools
+import signal
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from t3compile.errors import T3CompileError
+
+CHECK_FAILED = 1
+BAD_INPUT = 2
+LEFT_FULL = 3
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+def _options(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
+    def decorate(command: Command) -> Command:
+        for option in reversed(options):
+            command = option(command)
+        return command
+
+    return decorate
+
+
+model_options = _options(
+    click.argument("model"),
+    click.option("--trust-pickle", is_flag=True, help="Unpickle MODEL: it can run code."),
+    click.option("--inputs", type=click.Path(path_type=Path), help="Example inputs: .pt, .npz or .safetensors."),
+    click.option(
+        "--weights",
+        type=click.Path(path_type=Path),
+        multiple=True,
+        help="Safetensors files for a diffusers folder, in its own or the original naming.",
+    ),
+    click.option("--random-weights", is_flag=True, help="Seeded random weights for a diffusers folder."),
+    click.option("--seed", type=int, default=0, help="Seed of --random-weights."),
+    click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Dtype to trace in."),
+    click.option("--frames", type=int, help="Video size in pixels, for diffusers folders."),
+    click.option("--height", type=int),
+    click.option("--width", type=int),
+    click.option("--text-tokens", type=int),
+    click.option("--batch", type=int),
+    click.option("--vae-factors", metavar="TxHxW", help="How much the VAE shrinks frames, height, width."),
+)
+grid_option = click.option("--grid", metavar="TxHxW", help="Token grid, where the graph does not tell it.")
+plan_options = _options(
+    click.option(
+        "--schedule",
+        default="auto",
+        show_default=True,
+        help="auto, t3-wan2.1-4k, t3-wan2.2-4k, or splits n_t,n_h,n_w joined by '/'; TxHxW=SCHEDULE;TxHxW=SCHEDULE "
+        "for a model of several grids.",
+    ),
+    click.option("--min-tokens", type=click.IntRange(min=0), help="Under auto, shorter sequences stay full."),
+)
+probe_option = click.option(
+    "--probe",
+    is_flag=True,
+    help="Check token layouts by experiment: change single patches of the inputs and see which tokens move.",
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+
+
+def shielded(command: Command) -> Command:
+    """Errors of the user are one line and exit code 2; a stopped run cleans up and says so."""
+
+    @functools.wraps(command)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        signal.signal(signal.SIGTERM, _stop)
+        try:
+            return command(*args, **kwargs)
+        except T3CompileError as error:
+            click.echo(f"error: {error}", err=True)
+            sys.exit(BAD_INPUT)
+        except KeyboardInterrupt:
+            click.echo("stopped; nothing unfinished was left behind", err=True)
+            sys.exit(130)
+
+    return run  # type: ignore[return-value]
+
+
+def _stop(number: int, frame: Any) -> None:
+    raise KeyboardInterrupt

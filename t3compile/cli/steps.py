@@ -1,0 +1,131 @@
+"""Stages as several commands go through them: load, plan, say what was assumed and what is left."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from t3compile.cli.options import CHECK_FAILED, LEFT_FULL
+from t3compile.errors import PlanError
+
+if TYPE_CHECKING:
+    from t3compile.inputs import VideoSize
+    from t3compile.plan import Plan
+    from t3compile.probing import ProbeReport
+    from t3compile.program import Program
+    from t3compile.sites import SiteSurvey
+
+
+def _video_size(options: dict[str, Any]) -> VideoSize | None:
+    names = ("frames", "height", "width", "text_tokens", "batch")
+    given = {name: value for name in names if (value := options.pop(name)) is not None}
+    factors = options.pop("vae_factors")
+    if not given and factors is None:
+        return None
+    from t3compile.geometry import TokenGrid
+    from t3compile.inputs import VideoSize
+
+    if factors is not None:
+        given["vae_factors"] = TokenGrid.parse(factors).sizes
+    return VideoSize(**given)
+
+
+def load_model(options: dict[str, Any]) -> Program:
+    """The program that the model options describe; takes them out of ``options``."""
+    from t3compile.pipeline import load_program
+    from t3compile.report import progress, say
+
+    size = _video_size(options)
+    names = ("trust_pickle", "inputs", "random_weights", "seed", "dtype")
+    chosen = {name: options.pop(name) for name in names}
+    model, weights = options.pop("model"), options.pop("weights")
+    with progress() as step:
+        step(f"loading and tracing {model}")
+        program = load_program(model, weights=weights or None, size=size, **chosen)
+    if program.traced_by:
+        say(f"traced by {program.traced_by}")
+    for note in program.notes:
+        say(f"note: {note}")
+    return program
+
+
+def make_plan_of(survey: SiteSurvey, schedule: str, min_tokens: int | None) -> Plan:
+    from t3compile.plan import MIN_TOKENS, make_plan, parse_schedule
+
+    minimum = MIN_TOKENS if min_tokens is None else min_tokens
+    return make_plan(survey, parse_schedule(schedule), min_tokens=minimum)
+
+
+def read_plan(path: Path) -> Plan:
+    from t3compile.plan import Plan
+
+    try:
+        return Plan.loads(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise PlanError(f"cannot read the plan '{path}': {error}") from None
+
+
+def survey_and_plan(
+    program: Program, grid: str | None, schedule: str, min_tokens: int | None, plan_file: Path | None
+) -> tuple[SiteSurvey, Plan]:
+    """What was found, and the plan of the file or of the schedule."""
+    from t3compile.pipeline import detect, detect_for
+
+    if plan_file is None:
+        survey = detect(program, grid)
+        return survey, make_plan_of(survey, schedule, min_tokens)
+    chosen = read_plan(plan_file)
+    if grid is None:
+        return detect_for(program, chosen), chosen
+    survey = detect(program, grid)
+    chosen.check_against(survey)
+    return survey, chosen
+
+
+def say_assumptions_and_limits(survey: SiteSurvey, plan: Plan) -> None:
+    from t3compile.plan import plan_warnings
+    from t3compile.report import SMALL_GAIN_TOKENS, T3_WARNING, say
+
+    for assumption in survey.assumptions:
+        say(f"assumed: {assumption}")
+    for warning in plan_warnings(survey, plan):
+        say(f"warning: {warning}")
+    tokens = max((site.tokens for site in survey.found), default=0)
+    windowed = [site for site in plan.rewritten if site.pattern is not None and not site.pattern.is_full()]
+    if windowed and tokens < SMALL_GAIN_TOKENS:
+        say(f"note: with {tokens} tokens the linear layers dominate; gains grow beyond {SMALL_GAIN_TOKENS}")
+    if windowed:
+        say(f"warning: {T3_WARNING}")
+
+
+def say_what_is_left(survey: SiteSurvey, plan: Plan) -> int:
+    """List candidates that stay full, and the exit code that says so."""
+    from t3compile.report import say
+
+    left = [f"{call.node}: {call.reason}, {call.detail}" for call in survey.declined if call.is_candidate]
+    left += [f"{site.node}: {site.reason or 'full by the plan'}" for site in plan.left_full]
+    for line in left:
+        say(f"left full: {line}")
+    if not plan.rewritten:
+        say("no attention call was rewritten")
+    return LEFT_FULL if left or not plan.rewritten else 0
+
+
+def probe_or_exit(program: Program, survey: SiteSurvey, *, quiet: bool) -> ProbeReport:
+    """Probe the found sites and show the result; exit with 1 where a layout is contradicted."""
+    from t3compile.probing import probe
+    from t3compile.report import progress, say, show_probe
+
+    with progress() as step:
+        report = probe(program, survey, progress=step)
+    if not quiet:
+        show_probe(report)
+    for site in report.having("inconclusive"):
+        say(f"layout not proved: {site.node}: {site.detail}")
+    for site in report.having("contradicted"):
+        say(f"layout contradicted: {site.node}: {site.detail}")
+    if not report.passed:
+        say("nothing was written: detection is wrong about this model; name the grid with --grid, or report it")
+        sys.exit(CHECK_FAILED)
+    return report
