@@ -1,13 +1,15 @@
 """One ONNX model-local function per window pattern: t3::WindowAttention_<hash>.
 
 Contract (shared by every runtime): all constants baked in, no attributes, a body of standard operators of at most
-eight axes; onnxruntime inlines the body, TensorRT takes a plugin of that name when one is registered.
+eight axes; onnxruntime inlines the body, TensorRT takes a plugin of that name when one is registered. The function's
+metadata hold the configuration as JSON, for whoever makes such a plugin from the file.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable
+import json
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -15,12 +17,15 @@ import onnx_ir as ir
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from t3compile.errors import EngineError
 from t3compile.export.torch_onnx import OPSET, export_graph
 from t3compile.ops import WindowAttention, WindowAttentionArgs
 from t3compile.ops.window_attention import ONNX_NAME
+from t3compile.pattern import WindowPattern
 from t3compile.program import trace
 
 DOMAIN, OP_TYPE = ONNX_NAME.split("::")
+CONFIGURATION_PROPERTY = "t3compile_window_attention"
 
 # How attention is spelled inside a function body.
 AttentionForm = Literal["attention", "matmul", "onnxruntime"]
@@ -73,6 +78,56 @@ class FunctionKey:
         )
         return f"{OP_TYPE}_{hashlib.sha256(repr(fields).encode()).hexdigest()[:10]}"
 
+    def dumps(self) -> str:
+        """The configuration as JSON, as it stands in a function's metadata."""
+        fields = {
+            "kind": self.args.pattern.kind,
+            **self.args.as_attributes(),
+            "batch": self.batch,
+            "heads": self.heads,
+            "head_dim": self.head_dim,
+            "value_dim": self.value_dim,
+            "dtype": self.dtype,
+            "form": self.form,
+        }
+        if self.mask is not None:
+            fields["mask"] = {"shape": list(self.mask.shape), "dtype": self.mask.dtype}
+        return json.dumps(fields)
+
+    @classmethod
+    def loads(cls, text: str) -> FunctionKey:
+        """The configuration that ``dumps`` wrote; EngineError where it is malformed."""
+        try:
+            fields = dict(json.loads(text))
+            kind, mask = fields.pop("kind"), fields.pop("mask", None)
+            if kind != WindowPattern.kind:
+                raise EngineError(f"a function of this file is of kind '{kind}'; known: '{WindowPattern.kind}'")
+            own = {name: fields.pop(name) for name in ("batch", "heads", "head_dim", "value_dim", "dtype", "form")}
+            key = None if mask is None else MaskKey(tuple(mask["shape"]), mask["dtype"])
+            return cls(args=WindowAttentionArgs.from_op_args(**fields), **own, mask=key)
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            raise EngineError(
+                f"a window attention function carries a damaged configuration ({type(error).__name__}: {error}); "
+                "export the model again"
+            ) from None
+
+
+def window_functions(model: ir.Model) -> Iterator[tuple[ir.Function, FunctionKey]]:
+    """Every window attention function of a file with its configuration, in file order.
+
+    EngineError where one carries none (an older export) or another's.
+    """
+    for function in model.functions.values():
+        if function.domain != DOMAIN or not function.name.startswith(f"{OP_TYPE}_"):
+            continue
+        text = function.metadata_props.get(CONFIGURATION_PROPERTY)
+        if text is None:
+            raise EngineError(f"function '{function.name}' carries no configuration; export the model again")
+        key = FunctionKey.loads(text)
+        if key.name != function.name:
+            raise EngineError(f"function '{function.name}' carries the configuration of '{key.name}'; export again")
+        yield function, key
+
 
 def read_key(node: ir.Node, form: AttentionForm) -> FunctionKey:
     """The configuration that a legalized node carries in its attributes and the types of its inputs."""
@@ -119,6 +174,7 @@ def build_function(key: FunctionKey) -> ir.Function:
     _REWRITE_FORM[key.form](graph)
     _constants_into_nodes(graph)
     function = ir.Function(DOMAIN, key.name, graph=graph, attributes=[])
+    function.metadata_props[CONFIGURATION_PROPERTY] = key.dumps()
     for node in function:
         function.opset_imports.setdefault(node.domain, OPSET if node.domain == "" else 1)
     return function

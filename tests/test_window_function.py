@@ -9,13 +9,22 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx.inliner
+import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
 from torch import Tensor, nn
 
+from t3compile.errors import EngineError
 from t3compile.execute import execute
-from t3compile.export.window_function import ATTENTION_FORMS, AttentionForm, FunctionKey, MaskKey
+from t3compile.export.window_function import (
+    ATTENTION_FORMS,
+    CONFIGURATION_PROPERTY,
+    AttentionForm,
+    FunctionKey,
+    MaskKey,
+    window_functions,
+)
 from t3compile.export.write_onnx import write_onnx
 from t3compile.inputs import named_inputs
 from t3compile.ops import WINDOW_ATTENTION, WindowAttentionArgs
@@ -142,3 +151,34 @@ def test_the_name_tells_masks_and_query_streams_apart() -> None:
     assert len({key.name for key in keys}) == len(keys)
     same = replace(JOINT, query_prefix=2, query_suffix=3)
     assert FunctionKey(same, 2, 3, 8, 6, "float32", "attention").name == keys[0].name
+    assert [FunctionKey.loads(key.dumps()) for key in keys] == keys
+
+
+def test_a_function_carries_its_configuration(tmp_path: Path) -> None:
+    case = _case([(JOINT, None), (OWN_QUERIES, None), (replace(JOINT, scale=0.3), "float-rows")])
+    _write(case, "attention", tmp_path / "model.onnx")
+    read = list(window_functions(ir.load(tmp_path / "model.onnx")))
+    assert [key.name for _, key in read] == [function.name for function, _ in read]
+    assert [key.args.pattern for _, key in read] == [args.pattern for args in case.calls]
+    assert [key.mask is not None for _, key in read] == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (None, "carries no configuration"),
+        ("{}", "damaged configuration"),
+        ("[1]", "damaged configuration"),
+        ('{"kind": "bands"}', "of kind 'bands'; known: 't3-window'"),
+        (FunctionKey(JOINT, 1, 3, 8, 8, "float32", "attention").dumps(), "carries the configuration of"),
+    ],
+)
+def test_a_foreign_configuration_is_refused(text: str | None, message: str, tmp_path: Path) -> None:
+    _write(_case([(OWN_QUERIES, None)]), "attention", tmp_path / "model.onnx")
+    model = ir.load(tmp_path / "model.onnx")
+    (function,) = model.functions.values()
+    function.metadata_props.clear()
+    if text is not None:
+        function.metadata_props[CONFIGURATION_PROPERTY] = text
+    with pytest.raises(EngineError, match=message):
+        list(window_functions(model))
