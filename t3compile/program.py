@@ -20,9 +20,12 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import ExportGraphSignature, InputKind, TensorArgument
 from torch.utils import _pytree as pytree
 
-from t3compile.errors import TraceError, first_line
+from t3compile.archive import is_plain, without_values, write_archive
+from t3compile.errors import TraceError, WeightsError, first_line
 from t3compile.files import staged_outputs
+from t3compile.mapped_files import Extent
 from t3compile.plan import Plan
+from t3compile.weight_references import is_safetensors_file, refer
 from t3compile.weights import TensorWeights, Weights
 
 PLAN_ENTRY = "t3compile_plan.json"
@@ -69,11 +72,11 @@ class Program:
         return sum(x.numel() * x.element_size() for x in self.exported.state_dict.values())
 
     def load_weights(self) -> dict[str, Tensor]:
-        """All weights, read or mapped; parameters come back as nn.Parameter."""
+        """All weights, mapped where they lie in files; parameters come back as nn.Parameter."""
         parameters = set(self.exported.graph_signature.parameters)
         loaded: dict[str, Tensor] = {}
         for name in self.exported.state_dict:
-            tensor = self.weights.load(name)
+            tensor = self.weights.view(name)
             is_plain = name in parameters and not isinstance(tensor, nn.Parameter)
             loaded[name] = nn.Parameter(tensor, tensor.is_floating_point()) if is_plain else tensor
         return loaded
@@ -92,15 +95,46 @@ class Program:
         exported = copy_exported(self.exported, graph_module=graph_module)
         return replace(self, exported=exported, **changes)
 
-    def save(self, path: str | Path) -> Path:
-        """Write a torch.export ``.pt2`` (with the plan inside, if rewritten), beside first, then renamed."""
+    def require_weights(self) -> None:
+        """Raise WeightsError, before any work, where there are no weights: the smallest is read."""
+        state = self.exported.state_dict
+        smallest = min(state, key=lambda name: state[name].numel(), default=None)
+        if smallest is not None:
+            self.weights.load(smallest)
+
+    def external_weights(self) -> dict[str, Extent]:
+        """The weights whose very bytes lie in safetensors files, by name."""
+        located = {name: self.weights.locate(name) for name in self.exported.state_dict}
+        files = {extent.file.address: extent.file for extent in located.values() if extent is not None}
+        good = {address for address, file in files.items() if is_safetensors_file(file)}
+        return {name: e for name, e in located.items() if e is not None and e.file.address in good}
+
+    def save(self, path: str | Path, *, external: bool = False) -> Path:
+        """Write a torch.export ``.pt2`` (with the plan inside, if rewritten), beside first, then renamed.
+
+        No more than one weight is held at a time. ``external``: weights that lie in safetensors files as they are stay
+        there, and the ``.pt2`` refers to them; only t3compile can load it. Raises OutputError, WeightsError.
+        """
         path = Path(path)
         extra = {} if self.plan is None else {PLAN_ENTRY: self.plan.dumps()}
-        with staged_outputs(path, needed_bytes=self.weight_bytes) as stage, quiet_torch():
-            # torch.export.save insists on the suffix; the staged name must be the final one.
-            target = stage / f"{path.name}.pt2"
-            torch.export.save(self.with_weights(), target, extra_files=extra)
-            target.rename(stage / path.name)
+        extents = self.external_weights() if external else {}
+        if external and not extents:
+            raise WeightsError(
+                f"no weight of {self.source} lies in a safetensors file as it is, so none can be referred to; "
+                "store the weights inside"
+            )
+        stored = self.weight_bytes - sum(extent.nbytes for extent in extents.values())
+        with staged_outputs(path, needed_bytes=stored) as stage, quiet_torch():
+            target = stage / path.name
+            if all(map(is_plain, self.exported.state_dict.values())):
+                forms = copy_exported(self.exported, state_dict=without_values(self.exported.state_dict))
+                references = refer(extents, path.parent) if external else None
+                write_archive(target, forms, self.weights, extra, references)
+            else:
+                # torch.export.save insists on the suffix; the staged name must be the final one.
+                suffixed = stage / f"{path.name}.pt2"
+                torch.export.save(self.with_weights(), suffixed, extra_files=extra)
+                suffixed.rename(target)
         return path
 
 

@@ -6,37 +6,16 @@ Tensors are read one by one when they are needed, so that tracing and planning n
 from __future__ import annotations
 
 import hashlib
-import json
 import math
-import mmap
-import sys
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from t3compile.errors import WeightsError
-
-# Linux only; the mmap module names it from Python 3.13 on. Without it a file larger than memory is refused.
-_MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
-_LARGEST_HEADER = 100_000_000
-_SAFETENSORS_DTYPES = {
-    "BOOL": torch.bool,
-    "U8": torch.uint8,
-    "I8": torch.int8,
-    "I16": torch.int16,
-    "I32": torch.int32,
-    "I64": torch.int64,
-    "F8_E4M3": torch.float8_e4m3fn,
-    "F8_E5M2": torch.float8_e5m2,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "F32": torch.float32,
-    "F64": torch.float64,
-}
+from t3compile.mapped_files import Extent, MappedFile
 
 
 class Weights(Protocol):
@@ -45,23 +24,50 @@ class Weights(Protocol):
     def names(self) -> Collection[str]: ...
 
     def load(self, name: str) -> Tensor:
-        """The real tensor of that name; WeightsError when it cannot be had."""
+        """The real tensor of that name, read where it lies in a file; WeightsError when it cannot be had."""
+        ...
+
+    def view(self, name: str) -> Tensor:
+        """The same tensor, mapped where it lies in a file: for whole models, which may be larger than memory."""
+        ...
+
+    def locate(self, name: str) -> Extent | None:
+        """Where its very bytes are in a file, row-major; None where they are in none, or are converted when read."""
         ...
 
 
 @dataclass(frozen=True)
 class TensorWeights:
-    """Tensors in memory, or mapped from a file; `dtypes` names those that are converted when read."""
+    """Tensors in memory, or mapped from ``files``; `dtypes` names those that are converted when read."""
 
     tensors: Mapping[str, Tensor]
     dtypes: Mapping[str, torch.dtype] = field(default_factory=dict)
+    files: tuple[MappedFile, ...] = ()
 
     def names(self) -> Collection[str]:
         return self.tensors.keys()
 
     def load(self, name: str) -> Tensor:
         tensor = self.tensors[name]
+        extent = self._extent(tensor)
+        if extent is not None:
+            tensor = extent.read(tensor.shape, tensor.dtype)
         return tensor.to(self.dtypes.get(name, tensor.dtype))
+
+    def view(self, name: str) -> Tensor:
+        tensor = self.tensors[name]
+        return tensor if self._is_as_stored(name) else self.load(name)
+
+    def locate(self, name: str) -> Extent | None:
+        return self._extent(self.tensors[name]) if self._is_as_stored(name) else None
+
+    def _is_as_stored(self, name: str) -> bool:
+        dtype = self.tensors[name].dtype
+        return self.dtypes.get(name, dtype) == dtype
+
+    def _extent(self, tensor: Tensor) -> Extent | None:
+        located = (file.locate(tensor) for file in self.files)
+        return next((extent for extent in located if extent is not None), None)
 
 
 @dataclass(frozen=True)
@@ -84,6 +90,12 @@ class RandomWeights:
             return (offset + 0.02 * noise).to(dtype)
         return (noise / math.sqrt(math.prod(shape[1:]))).to(dtype)
 
+    def view(self, name: str) -> Tensor:
+        return self.load(name)
+
+    def locate(self, name: str) -> Extent | None:
+        return None
+
 
 @dataclass(frozen=True)
 class NoWeights:
@@ -98,6 +110,12 @@ class NoWeights:
     def load(self, name: str) -> Tensor:
         raise WeightsError(f"the model has no weights ('{name}' is needed first): {self.remedy}")
 
+    def view(self, name: str) -> Tensor:
+        return self.load(name)
+
+    def locate(self, name: str) -> Extent | None:
+        return None
+
 
 @dataclass(frozen=True)
 class OverlaidWeights:
@@ -110,8 +128,16 @@ class OverlaidWeights:
         return {*self.over.names(), *self.under.names()}
 
     def load(self, name: str) -> Tensor:
-        source = self.over if name in self.over.names() else self.under
-        return source.load(name)
+        return self._source(name).load(name)
+
+    def view(self, name: str) -> Tensor:
+        return self._source(name).view(name)
+
+    def locate(self, name: str) -> Extent | None:
+        return self._source(name).locate(name)
+
+    def _source(self, name: str) -> Weights:
+        return self.over if name in self.over.names() else self.under
 
 
 @dataclass(frozen=True)
@@ -128,62 +154,15 @@ class CastWeights:
         tensor = self.source.load(name)
         return tensor.to(self.dtypes.get(name, tensor.dtype))
 
+    def view(self, name: str) -> Tensor:
+        tensor = self.source.view(name)
+        return tensor if self.dtypes.get(name, tensor.dtype) == tensor.dtype else self.load(name)
 
-def map_safetensors(files: Collection[Path]) -> dict[str, Tensor]:
-    """All tensors of safetensors files, mapped: no byte is read before it is used, writing copies the page.
-
-    WeightsError when a file is truncated or malformed.
-    """
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        try:
-            mapped = _map_file(file)
-        except OSError as error:
-            raise WeightsError(f"cannot map '{file}': {error.strerror or error}") from None
-        except (ValueError, KeyError, TypeError, AttributeError, RuntimeError) as error:
-            raise WeightsError(f"cannot read '{file}' as safetensors ({error}); copy it again") from None
-        for name, tensor in mapped.items():
-            if name in tensors:
-                raise WeightsError(f"tensor '{name}' is in more than one file, last in '{file}'")
-            tensors[name] = tensor
-    return tensors
-
-
-def _map_file(file: Path) -> dict[str, Tensor]:
-    # Not safetensors.safe_open: it reserves memory for the whole file, which fails for files larger than it.
-    with file.open("rb") as opened:
-        header_bytes = int.from_bytes(opened.read(8), "little")
-        start = 8 + header_bytes
-        file_bytes = file.stat().st_size
-        if not 2 <= header_bytes <= min(_LARGEST_HEADER, file_bytes - 8):
-            raise ValueError("its header is cut off")
-        header = json.loads(opened.read(header_bytes))
-        pages = mmap.mmap(
-            opened.fileno(),
-            0,
-            flags=mmap.MAP_PRIVATE | _MAP_NORESERVE,
-            prot=mmap.PROT_READ | mmap.PROT_WRITE,
-        )
-    tensors = {}
-    for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        if entry["dtype"] not in _SAFETENSORS_DTYPES:
-            raise ValueError(f"tensor '{name}' has dtype {entry['dtype']}, which torch cannot map")
-        dtype = _SAFETENSORS_DTYPES[entry["dtype"]]
-        shape, (begin, end) = entry["shape"], entry["data_offsets"]
-        count = math.prod(shape)
-        if begin < 0 or end - begin != count * dtype.itemsize or min(shape, default=0) < 0:
-            raise ValueError(f"tensor '{name}' has {end - begin} bytes for shape {shape}")
-        if start + end > file_bytes:
-            raise ValueError(f"it is truncated: tensor '{name}' ends at byte {start + end} of {file_bytes}")
-        flat = (
-            torch.frombuffer(pages, dtype=dtype, count=count, offset=start + begin)
-            if count
-            else torch.empty(0, dtype=dtype)
-        )
-        tensors[name] = flat.view(shape)
-    return tensors
+    def locate(self, name: str) -> Extent | None:
+        extent = self.source.locate(name)
+        if extent is None or name not in self.dtypes:
+            return extent
+        return extent if self.source.view(name).dtype == self.dtypes[name] else None
 
 
 def check_weights(expected: Mapping[str, tuple[int, ...]], given: Mapping[str, Tensor]) -> None:

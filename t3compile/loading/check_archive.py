@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 
+from t3compile.archive import EXTERNAL_PAYLOAD, REFERENCES_ENTRY
 from t3compile.errors import ModelFileError
 
 _LARGEST_JSON = 1 << 30
@@ -174,7 +175,8 @@ def _check_payloads(path: Path, reader: Any, folder: str, config_name: str) -> N
         if not isinstance(payload, dict) or payload.get("use_pickle") is not False:
             raise _risk(path, f"a pickled payload ('{_shown(name)}')")
         file_name = payload.get("path_name")
-        if not isinstance(file_name, str) or not _PAYLOAD_NAME.fullmatch(file_name):
+        is_external = file_name == EXTERNAL_PAYLOAD and reader.has_record(f"extra/{REFERENCES_ENTRY}")
+        if not is_external and (not isinstance(file_name, str) or not _PAYLOAD_NAME.fullmatch(file_name)):
             raise _risk(path, f"a custom object ('{_shown(file_name)}')")
         _check_name(path, name, _DOTTED)
     if any(key == "as_expr" for key, _ in _walk(config)):

@@ -13,7 +13,7 @@ from torch import Tensor
 from t3compile.errors import ModelFileError, WeightsError
 from t3compile.loading.load_pickle import find_state_dict, load_tensors_only
 from t3compile.loading.recognize import is_safetensors
-from t3compile.weights import map_safetensors
+from t3compile.mapped_files import MappedFile, MappedTensors, map_safetensors
 
 _STEM = "diffusion_pytorch_model"
 _SHARD = re.compile(r"(?P<stem>.+)-(?P<number>\d{5})-of-(?P<count>\d{5})(?P<rest>.*)\.safetensors")
@@ -71,18 +71,21 @@ def _existing(folder: Path, names: Sequence[str]) -> list[Path]:
     return [folder / name for name in names]
 
 
-def map_weight_files(files: Sequence[Path]) -> dict[str, Tensor]:
+def map_weight_files(files: Sequence[Path]) -> MappedTensors:
     """All tensors of safetensors files or torch.save files of tensors, mapped and not read."""
-    mapped: dict[str, Tensor] = {}
-    for file in files:
-        for name, tensor in _map_file(file).items():
-            if name in mapped:
-                raise WeightsError(f"tensor '{name}' is in more than one file, last in '{file}'")
-            mapped[name] = tensor
-    return mapped
+    tensors: dict[str, Tensor] = {}
+    opened: list[MappedFile] = []
+    for path in files:
+        mapped = _map_file(path)
+        for name, tensor in mapped.tensors.items():
+            if name in tensors:
+                raise WeightsError(f"tensor '{name}' is in more than one file, last in '{path}'")
+            tensors[name] = tensor
+        opened += mapped.files
+    return MappedTensors(tensors, tuple(opened))
 
 
-def _map_file(file: Path) -> dict[str, Tensor]:
+def _map_file(file: Path) -> MappedTensors:
     if not file.is_file():
         raise WeightsError(f"there is no weights file '{file}'")
     if is_safetensors(file):
@@ -96,4 +99,4 @@ def _map_file(file: Path) -> dict[str, Tensor]:
             f"'{file}' is neither a safetensors file nor a state_dict of tensors only; "
             "give the file with the weights, copied again if it was cut off"
         )
-    return tensors
+    return MappedTensors(tensors)

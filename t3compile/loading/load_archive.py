@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import warnings
 import zipfile
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
+from typing import BinaryIO
 
 import torch
 from torch import SymInt, Tensor
@@ -17,6 +18,7 @@ from torch.export import ExportedProgram
 from t3compile.errors import MissingExtraError, ModelFileError, PlanError, first_line
 from t3compile.inputs import bind_inputs
 from t3compile.loading.check_archive import check_archive
+from t3compile.loading.map_archive import split_archive
 from t3compile.plan import Plan
 from t3compile.program import PLAN_ENTRY, Program, copy_exported, functionalized
 from t3compile.weights import TensorWeights
@@ -24,15 +26,28 @@ from t3compile.weights import TensorWeights
 _OPS = "t3compile.ops"
 
 
-def load_archive(path: Path, *, trust_pickle: bool = False, inputs: Mapping[str, Tensor] | None = None) -> Program:
+def load_archive(
+    path: Path,
+    *,
+    trust_pickle: bool = False,
+    inputs: Mapping[str, Tensor] | None = None,
+    weights: Sequence[Path] = (),
+) -> Program:
     """Load a ``.pt2`` of torch.export.save or of Program.save; nothing in it can run code unless
     ``trust_pickle``.
 
-    A program saved by t3compile comes back with the same node names, fingerprint and plan.
+    A program saved by t3compile comes back with the same node names, fingerprint and plan. Weights are mapped and not
+    read. ``weights``: folders or files in which weights by reference are looked for, instead of its own folder.
     """
     modules = check_archive(path, trust_pickle=trust_pickle)
     plan = _read_plan(path)
-    exported = _load_exported(path, modules)
+    split = split_archive(path, weights)
+    exported = _load_exported(path, split.skeleton, modules)
+    try:
+        mapped = split.map_weights(exported.state_dict)
+    except (ValueError, RuntimeError) as error:
+        raise ModelFileError(f"the weights of '{path}' are damaged ({first_line(error)}); copy it again") from None
+    exported.state_dict.update(mapped.tensors)
     if _has_dynamic_shapes(exported):
         raise ModelFileError(
             f"'{path}' has dynamic shapes; export it again with static shapes (without dynamic_shapes)"
@@ -43,7 +58,8 @@ def load_archive(path: Path, *, trust_pickle: bool = False, inputs: Mapping[str,
         example_inputs = exported.example_inputs
         exported = functionalized(exported)
         exported.example_inputs = example_inputs
-    program = Program(exported, TensorWeights(dict(exported.state_dict)), str(path), plan=plan)
+    kept = TensorWeights(dict(exported.state_dict), files=mapped.files)
+    program = Program(exported, kept, str(path), plan=plan)
     if inputs is None:
         return program
     exported = copy_exported(exported)
@@ -68,7 +84,7 @@ def _read_plan(path: Path) -> Plan | None:
         ) from None
 
 
-def _load_exported(path: Path, modules: Collection[str]) -> ExportedProgram:
+def _load_exported(path: Path, skeleton: BinaryIO, modules: Collection[str]) -> ExportedProgram:
     # load_pt2, not torch.export.load: that one falls back to an old format which check_archive has
     # not seen.
     from torch.export.pt2_archive._package import load_pt2
@@ -78,10 +94,9 @@ def _load_exported(path: Path, modules: Collection[str]) -> ExportedProgram:
     for name in modules:
         _import_outputs(path, name)
     try:
-        # An open file: for a path torch insists on the suffix.
-        with path.open("rb") as file, warnings.catch_warnings():
+        with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            loaded: ExportedProgram = load_pt2(file).exported_programs["model"]
+            loaded: ExportedProgram = load_pt2(skeleton).exported_programs["model"]
     except Exception as error:
         raise ModelFileError(
             f"torch {torch.__version__} cannot load '{path}' ({type(error).__name__}: "

@@ -21,6 +21,7 @@ from t3compile.errors import InputsError, MissingExtraError, ModelFileError, Wei
 from t3compile.inputs import VideoSize, call_inputs, diffusers_inputs
 from t3compile.loading.find_weights import find_weight_files, map_weight_files
 from t3compile.loading.recognize import read_config
+from t3compile.mapped_files import MappedTensors
 from t3compile.program import Program, default_dtype
 from t3compile.tracing import trace
 from t3compile.weights import (
@@ -55,7 +56,7 @@ def load_diffusers(
     cls = _find_class(folder, config)
     files = [] if random_weights else [Path(file) for file in weights or find_weight_files(folder)]
     given = map_weight_files(files)
-    chosen = _DTYPES[dtype] if dtype else _most_common_dtype(given)
+    chosen = _DTYPES[dtype] if dtype else _most_common_dtype(given.tensors)
     module = _build(folder, cls, config, chosen)
     if "return_dict" in inspect.signature(module.forward).parameters:
         module.forward = functools.partial(module.forward, return_dict=False)
@@ -160,7 +161,7 @@ def _weights_for(
     module: nn.Module,
     cls: Any,
     folder: Path,
-    given: dict[str, Tensor],
+    given: MappedTensors,
     has_files: bool,
     seed: int | None,
 ) -> Weights:
@@ -175,7 +176,7 @@ def _weights_for(
             f"'{folder}' has no *.safetensors; download them, or give --weights FILE or --random-weights",
         )
     else:
-        renamed = _in_diffusers_naming(cls, module, given, {*parameters, *buffers})
+        renamed = _in_diffusers_naming(cls, module, given.tensors, {*parameters, *buffers})
         ignored = cls._keys_to_ignore_on_load_unexpected or []
         known = {
             name: tensor
@@ -185,11 +186,13 @@ def _weights_for(
         expected = {**parameters, **{name: t for name, t in buffers.items() if name in known}}
         check_weights({name: tuple(t.shape) for name, t in expected.items()}, known)
         dtypes = {name: t.dtype for name, t in expected.items() if t.is_floating_point()}
-        found = TensorWeights(known, dtypes)
+        found = TensorWeights(known, dtypes, given.files)
     return OverlaidWeights(found, TensorWeights(buffers)) if buffers else found
 
 
-def _in_diffusers_naming(cls: Any, module: nn.Module, given: dict[str, Tensor], names: set[str]) -> dict[str, Tensor]:
+def _in_diffusers_naming(
+    cls: Any, module: nn.Module, given: Mapping[str, Tensor], names: set[str]
+) -> Mapping[str, Tensor]:
     """`given`, renamed by diffusers' single-file conversion when more names fit that way; nothing
     is read.
     """

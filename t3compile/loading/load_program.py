@@ -37,9 +37,10 @@ def load_program(
 ) -> Program:
     """Load MODEL: a ``.pt2``, a diffusers folder, a pickled ``.pt`` or ``package.module:factory``.
 
-    inputs: a file (.pt, .npz, .safetensors) or tensors by name. weights, random_weights, seed,
-    dtype ("float32", "float16", "bfloat16") and size (pixels) are for diffusers folders; given with
-    another kind they are an error.
+    inputs: a file (.pt, .npz, .safetensors) or tensors by name. weights: safetensors files for a diffusers
+    folder, or the folder (or files) with the weights that a ``.pt2`` refers to. random_weights, seed,
+    dtype ("float32", "float16", "bfloat16") and size (pixels) are for diffusers folders. What does not
+    apply is an error.
     Raises ModelFileError, InputsError, WeightsError, TraceError or MissingExtraError.
     """
     recognized = recognize(model)
@@ -48,17 +49,19 @@ def load_program(
             recognized.name,
             recognized.kind,
             {
-                "--weights": weights is not None,
+                "--weights": weights is not None and recognized.kind != "pt2",
                 "--random-weights": random_weights,
                 "--seed": seed != 0,
                 "--dtype": dtype is not None,
                 "--frames, --height, --width and --text-tokens": size is not None,
             },
         )
+    files = [weights] if isinstance(weights, str | Path) else weights
     named = read_inputs(inputs) if isinstance(inputs, str | Path) else inputs
     match recognized.kind:
         case "pt2":
-            return load_archive(recognized.path, trust_pickle=trust_pickle, inputs=named)
+            given = [Path(file) for file in files or ()]
+            return load_archive(recognized.path, trust_pickle=trust_pickle, inputs=named, weights=given)
         case "pickle":
             return load_pickle(recognized.path, trust_pickle=trust_pickle, inputs=named)
         case "factory":
@@ -67,7 +70,7 @@ def load_program(
             return load_diffusers(
                 recognized.path,
                 inputs=named,
-                weights=[weights] if isinstance(weights, str | Path) else weights,
+                weights=files,
                 random_weights=random_weights,
                 seed=seed,
                 dtype=dtype,
