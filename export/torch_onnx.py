@@ -1,41 +1,75 @@
-"""The one call of torch.onnx.export, quiet and with the options every export shares."""
+"""The one call of torch.onnx.export, quiet and with the options every export shares, and the clean-up of its graph."""
 
 from __future__ import annotations
 
 import logging
+import math
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import onnx_ir as ir
 import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 
 from t3compile.errors import ExportError, first_line
 
 OPSET = 23
+# What onnxscript would not store anyway: it computes larger constants first and drops them then.
+_LARGEST_FOLDED = 512 * 512
+
+# A weight's stand-in, by its name and the fake tensor that was exported: read when its values are asked for.
+MakeLazy = Callable[[str, Tensor], ir.TensorProtocol]
 
 
-def export_graph(
-    exported: ExportedProgram,
-    *,
-    output_names: Sequence[str] | None = None,
-) -> ir.Model:
-    """An exported program as an ONNX model in memory; ExportError with the exporter's reason."""
+def _no_lazy(name: str, _: Tensor) -> ir.TensorProtocol:
+    raise ExportError(f"the weight '{name}' has no value")
+
+
+def export_graph(exported: ExportedProgram, make_lazy: MakeLazy = _no_lazy) -> ir.Model:
+    """An exported program as an ONNX model in memory; ExportError with the exporter's reason.
+
+    Weights that are fake tensors become what ``make_lazy`` gives. Their transposes are left to the caller.
+    """
     with _quiet():
         try:
-            program = torch.onnx.export(
-                exported,
-                dynamo=True,
-                opset_version=OPSET,
-                output_names=output_names,
-                verbose=False,
-            )
+            # Its own optimization would need the values of weights, and fills large constants to drop them.
+            program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
         except Exception as error:
             cause = _first_cause(error)
             raise ExportError(f"torch.onnx.export failed: {type(cause).__name__}: {first_line(cause)}") from error
-    assert program is not None
-    return program.model
+        assert program is not None
+        model = program.model
+        for name, value in model.graph.initializers.items():
+            raw = getattr(value.const_value, "raw", None)
+            if isinstance(raw, FakeTensor):
+                value.const_value = make_lazy(name, raw)
+        _optimize(model)
+    return model
+
+
+def _optimize(model: ir.Model) -> None:
+    """What torch.onnx.export does, but weights are not transposed, and no large constant is computed."""
+    from onnxscript.optimizer import optimize_ir
+    from onnxscript.rewriter import onnx_fusions
+
+    optimize_ir(model, should_fold=_should_fold)
+    onnx_fusions.fuse(model)
+
+
+def _should_fold(node: ir.Node) -> bool | None:
+    """False for transposes of weights, and where the result is too large to be kept; else as usual."""
+    if node.op_type == "Transpose":
+        value = node.inputs[0]
+        return False if value is not None and isinstance(value.const_value, ir.LazyTensor) else None
+    return False if any(map(_is_large, node.outputs)) else None
+
+
+def _is_large(value: ir.Value) -> bool:
+    sizes = [] if value.shape is None else list(value.shape)
+    return all(isinstance(size, int) for size in sizes) and math.prod(map(int, sizes)) > _LARGEST_FOLDED
 
 
 def _first_cause(error: BaseException) -> BaseException:
@@ -47,12 +81,14 @@ def _first_cause(error: BaseException) -> BaseException:
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    logger = logging.getLogger("torch.onnx")
-    level = logger.level
-    logger.setLevel(logging.ERROR)
+    loggers = [logging.getLogger(name) for name in ("torch.onnx", "onnxscript")]
+    levels = [logger.level for logger in loggers]
+    for logger in loggers:
+        logger.setLevel(logging.ERROR)
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             yield
     finally:
-        logger.setLevel(level)
+        for logger, level in zip(loggers, levels, strict=True):
+            logger.setLevel(level)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import shutil
+import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx
@@ -9,7 +12,9 @@ import onnx_ir as ir
 from onnx_ir.passes.common import InlinePass
 from torch._subclasses.fake_tensor import FakeTensor
 
+from t3compile.archive import without_values
 from t3compile.errors import ExportError
+from t3compile.export.store_weights import LazyWeight, WeightStorage, fold_transposes, needed_bytes, store_weights
 from t3compile.export.torch_onnx import export_graph
 from t3compile.export.window_function import (
     DOMAIN,
@@ -20,50 +25,60 @@ from t3compile.export.window_function import (
     read_key,
 )
 from t3compile.files import staged_outputs
-from t3compile.program import Program, user_input_names
+from t3compile.program import Program, copy_exported, user_input_names
 
 PLAN_PROPERTY = "t3compile_plan"
-# onnxruntime keeps small tensors inline; shapes and scalars must not need a second file.
-_INLINE_BYTES = 1024
+
+
+@dataclass(frozen=True)
+class WrittenOnnx:
+    """The functions' names and where the weights went."""
+
+    functions: tuple[str, ...]
+    storage: WeightStorage
 
 
 def write_onnx(
-    program: Program, path: Path, *, form: AttentionForm = "attention", inline: bool = False
-) -> tuple[str, ...]:
+    program: Program, path: Path, *, form: AttentionForm = "attention", inline: bool = False, share: bool = False
+) -> WrittenOnnx:
     """Write ``path`` and ``path``.data, beside first, then renamed; checked by onnx.checker before.
 
-    ``inline`` writes the functions' bodies in place, for tools that do not know functions. Returns the functions'
-    names.
+    ``inline`` writes the functions' bodies in place, for tools that do not know functions. ``share`` points into the
+    files that the weights were loaded from wherever they hold the very bytes. No more than one weight is held.
     """
+    needed = needed_bytes(program, path, share=share)
     model = to_onnx_model(program, form=form)
+    fold_transposes(model, share=share)
     functions = tuple(identifier[1] for identifier in model.functions)
     if inline:
         model = InlinePass()(model).model
-    with staged_outputs(path, needed_bytes=program.weight_bytes) as stage:
-        staged = stage / path.name
-        ir.save(
-            model,
-            staged,
-            external_data=f"{path.name}.data",
-            size_threshold_bytes=_INLINE_BYTES,
-        )
-        _check(staged)
-    return functions
+    with staged_outputs(path, needed_bytes=needed) as stage:
+        storage = store_weights(model, path, stage, share=share)
+        ir.save(model, stage / path.name)
+        _check(stage, path.name)
+    return WrittenOnnx(functions, storage)
 
 
 def to_onnx_model(program: Program, *, form: AttentionForm = "attention") -> ir.Model:
-    """The model in memory, from a legalized program: nodes t3::WindowAttention_<hash> and their functions."""
+    """The model in memory, from a legalized program: nodes t3::WindowAttention_<hash> and their functions.
+
+    Weights are lazy: each is read when its values are asked for.
+    """
     for name, value in program.exported.constants.items():
         if isinstance(value, FakeTensor):
             raise ExportError(
                 f"constant '{name}' of the program has no value: an earlier trace left it in the model; build the "
                 "model anew and trace it once"
             )
+    program.require_weights()
     outputs = program.exported.graph_signature.user_outputs
     names = ["output"] if len(outputs) == 1 else [f"output_{i}" for i in range(len(outputs))]
-    model = export_graph(program.with_weights(), output_names=names)
+    forms = copy_exported(program.exported, state_dict=without_values(program.exported.state_dict))
+    model = export_graph(forms, lambda name, fake: LazyWeight(program, name, fake))
     # The exporter gives an input that is also an output another name.
     for value, name in zip(model.graph.inputs, user_input_names(program.exported), strict=True):
+        value.name = name
+    for value, name in zip(model.graph.outputs, names, strict=True):
         value.name = name
     functions: dict[FunctionKey, ir.Function] = {}
     for node in model.graph:
@@ -91,8 +106,24 @@ def _bind(node: ir.Node, key: FunctionKey) -> None:
         node.attributes[attribute.name] = attribute
 
 
-def _check(path: Path) -> None:
-    try:
-        onnx.checker.check_model(str(path), full_check=True)
-    except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
-        raise ExportError(f"onnx.checker refuses the exported model: {error}") from error
+def _check(stage: Path, name: str) -> None:
+    """onnx.checker on the staged file, its external data stood in for by empty files of their sizes.
+
+    It wants them as plain files in the model's folder, which shared ones are not before the end, and reads none.
+    """
+    with tempfile.TemporaryDirectory(dir=stage) as folder:
+        copied = Path(folder) / name
+        shutil.copyfile(stage / name, copied)
+        ends: dict[str, int] = {}
+        for value in ir.load(copied).graph.initializers.values():
+            if isinstance(tensor := value.const_value, ir.ExternalTensor):
+                end = (tensor.offset or 0) + (tensor.length or 0)
+                ends[str(tensor.location)] = max(end, ends.get(str(tensor.location), 0))
+        for location, end in ends.items():
+            (copied.parent / location).parent.mkdir(parents=True, exist_ok=True)
+            with (copied.parent / location).open("wb") as file:
+                file.truncate(end)
+        try:
+            onnx.checker.check_model(str(copied), full_check=True)
+        except (onnx.checker.ValidationError, onnx.shape_inference.InferenceError) as error:
+            raise ExportError(f"onnx.checker refuses the exported model: {error}") from error

@@ -26,8 +26,8 @@ def check_writable(path: Path) -> None:
         raise OutputError(f"cannot write '{path}': {error.strerror} in '{parent}'") from None
 
 
-def _check_space(path: Path, needed_bytes: int) -> None:
-    """Raise OutputError when the disk under `path` has no room for so much."""
+def check_space(path: Path, needed_bytes: int) -> None:
+    """Raise OutputError, before any work, when the disk under `path` has no room for so much."""
     free = shutil.disk_usage(path.parent).free
     if free < needed_bytes:
         raise OutputError(
@@ -44,7 +44,7 @@ def staged_outputs(path: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
     the block, when `path` cannot be written or the disk has no room for `needed_bytes`.
     """
     check_writable(path)
-    _check_space(path, needed_bytes)
+    check_space(path, needed_bytes)
     stage = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
     try:
         yield stage

@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from t3compile.errors import EngineError, ExportError, MissingKernelError, T3CompileError
-from t3compile.files import check_writable
+from t3compile.files import check_space, check_writable
 from t3compile.geometry import GridHint, Splits, TokenGrid
 from t3compile.inputs import named_inputs, substitute_inputs
 from t3compile.loading import load_program as load_as_spelled
@@ -56,6 +56,9 @@ from t3compile.verification import (
     check_weights,
 )
 from t3compile.weights import Weights
+
+if TYPE_CHECKING:
+    from t3compile.export.store_weights import WeightStorage
 
 # Above this many MACs the whole-model check, some ten dense passes, runs on a small grid ...
 DIRECT_MACS = 5 * 10**10
@@ -267,6 +270,7 @@ class OnnxReport:
     comparison: tuple[Check, ...] | None
     not_compared: str = ""
     notes: tuple[str, ...] = ()
+    storage: WeightStorage | None = None
 
     @property
     def passed(self) -> bool:
@@ -284,6 +288,7 @@ class OnnxReport:
             "comparison": compared,
             "not_compared": self.not_compared,
             "notes": list(self.notes),
+            "weights": None if self.storage is None else self.storage.to_json(),
         }
 
 
@@ -294,12 +299,20 @@ def export_onnx(
     precision: Literal["float32", "float16"] | None = None,
     form: Literal["attention", "matmul", "onnxruntime"] = "attention",
     inline: bool = False,
+    share_weights: bool = False,
     check: bool | None = None,
     progress: Progress = _silent,
 ) -> Path:
     """Write an ONNX file (opset 23) and its external data; see export_onnx_report."""
     report = export_onnx_report(
-        program, path, precision=precision, form=form, inline=inline, check=check, progress=progress
+        program,
+        path,
+        precision=precision,
+        form=form,
+        inline=inline,
+        share_weights=share_weights,
+        check=check,
+        progress=progress,
     )
     return Path(report.path)
 
@@ -315,6 +328,7 @@ def export_onnx_report(
     precision: Literal["float32", "float16"] | None = None,
     form: Literal["attention", "matmul", "onnxruntime"] = "attention",
     inline: bool = False,
+    share_weights: bool = False,
     check: bool | None = None,
     progress: Progress = _silent,
 ) -> OnnxReport:
@@ -322,9 +336,11 @@ def export_onnx_report(
 
     ``precision`` "float16" stores matrix weights and runs matrix products in half; inputs and outputs keep their
     dtypes. ``form`` spells attention inside the functions: opset-23 Attention, MatMul-Softmax, or onnxruntime's own
-    MultiHeadAttention. ``inline`` writes function bodies in place. ``check`` compares with torch in onnxruntime;
-    None does so unless the model is too large to run here in a minute.
+    MultiHeadAttention. ``inline`` writes function bodies in place. ``share_weights`` points into the files that the
+    weights were loaded from, where they hold the very bytes, instead of writing them again. ``check`` compares with
+    torch in onnxruntime; None does so unless the model is too large to run here in a minute.
     """
+    from t3compile.export.store_weights import needed_bytes
     from t3compile.export.write_onnx import write_onnx
 
     path = Path(path)
@@ -333,14 +349,15 @@ def export_onnx_report(
         program = MixPrecision("float16")(program).program
     elif precision == "float32":
         _require_float32(program)
+    program.require_weights()
+    check_space(path, needed_bytes(program, path, share=share_weights))
     legal = program
     for legalize in ONNX_LEGALIZATION:
         legal = legalize(legal).program
     progress(f"writing {path.name}")
-    functions = write_onnx(legal, path, form=form, inline=inline)
-    report = OnnxReport(
-        str(path), functions, None, "switched off", _block_list_notes(program) + _large_tensor_notes(legal)
-    )
+    written = write_onnx(legal, path, form=form, inline=inline, share=share_weights)
+    notes = _block_list_notes(program) + _large_tensor_notes(legal)
+    report = OnnxReport(str(path), written.functions, None, "switched off", notes, written.storage)
     if check is False:
         return report
     macs = graph_macs(program.graph)

@@ -1,0 +1,241 @@
+"""Where an ONNX file's weights go: into a file beside it, streamed, or they stay in the files they were loaded from.
+
+onnxruntime follows external data only inside the model's folder, symbolic links resolved. So a shared file is used in
+place where it lies there, else it gets a second name there (a hard link), and is copied where the file system
+cannot do that.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, BinaryIO, Literal
+
+import onnx_ir as ir
+import torch
+from onnx_ir.tensor_adapters import TorchTensor, to_torch_dtype
+from torch import Tensor
+
+from t3compile.errors import WeightsError
+from t3compile.mapped_files import Extent, MappedFile, byte_view
+from t3compile.program import Program
+
+# Smaller tensors stay inside the ONNX file: onnxruntime reads shapes and scalars from there.
+INLINE_BYTES = 1024
+# Runtimes that map single tensors do so at multiples of a page.
+_PAGE_BYTES = 4096
+_CHUNK_BYTES = 1 << 24
+_NOT_IN_A_FILE = "converted when read, or in no file"
+_CHANGED = "made or changed by the exporter"
+
+Sharing = Literal["in place", "hard link", "copy"]
+
+
+@dataclass(frozen=True)
+class SharedFile:
+    """A file of weights that an ONNX file points into: its path from there, where it came from, and how."""
+
+    location: str
+    source: str
+    how: Sharing
+
+
+@dataclass(frozen=True)
+class WeightStorage:
+    """Bytes and numbers of tensors written beside the ONNX file, and of those shared with the files they come from.
+
+    ``not_shared`` says for each reason how many bytes were written although sharing was asked for.
+    """
+
+    written_bytes: int = 0
+    written_tensors: int = 0
+    shared_bytes: int = 0
+    shared_tensors: int = 0
+    shared_files: tuple[SharedFile, ...] = ()
+    not_shared: Mapping[str, int] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+class LazyWeight(ir.LazyTensor):
+    """A program's weight, read when its values are asked for; ``permutation`` transposes it."""
+
+    __slots__ = ("permutation", "program", "weight")
+
+    def __init__(self, program: Program, weight: str, form: Tensor, permutation: tuple[int, ...] | None = None) -> None:
+        self.program, self.weight, self.permutation = program, weight, permutation
+        shape = form.shape if permutation is None else [form.shape[axis] for axis in permutation]
+        super().__init__(self._read, TorchTensor(form).dtype, ir.Shape(list(shape)), name=weight)
+
+    def _read(self) -> ir.TensorProtocol:
+        return TorchTensor(self.value(), name=self.name)
+
+    def value(self) -> Tensor:
+        """The row-major tensor, complex numbers as pairs."""
+        tensor = self.program.weights.load(self.weight).detach()
+        if tensor.is_complex():
+            tensor = torch.view_as_real(tensor.resolve_conj())
+        return (tensor if self.permutation is None else tensor.permute(self.permutation)).contiguous()
+
+    def locate(self) -> Extent | None:
+        """Where these very bytes are in a file."""
+        extent = None if self.permutation is not None else self.program.weights.locate(self.weight)
+        return extent if extent is not None and extent.nbytes == self.nbytes else None
+
+    def transposed(self, permutation: tuple[int, ...]) -> LazyWeight:
+        form = torch.empty([int(str(size)) for size in self.shape], dtype=to_torch_dtype(self.dtype), device="meta")
+        return LazyWeight(self.program, self.weight, form, permutation)
+
+
+def fold_transposes(model: ir.Model, *, share: bool) -> None:
+    """Store a weight that only one Transpose reads transposed; with ``share`` only where it cannot be shared anyway."""
+    graph = model.graph
+    for node in list(graph):
+        value = node.inputs[0] if node.op_type == "Transpose" and node.domain == "" else None
+        lazy = None if value is None else value.const_value
+        if value is None or not isinstance(lazy, LazyWeight) or lazy.permutation is not None:
+            continue
+        is_alone = len(value.uses()) == 1 and not value.is_graph_output() and not node.outputs[0].is_graph_output()
+        if not is_alone or value.name not in graph.initializers or (share and lazy.locate() is not None):
+            continue
+        axes = node.attributes.get("perm")
+        permutation = tuple(axes.as_ints()) if axes is not None else tuple(reversed(range(len(lazy.shape))))
+        folded = lazy.transposed(permutation)
+        folded.name = f"{lazy.weight}.transposed"
+        made = ir.Value(name=folded.name, type=ir.TensorType(folded.dtype), shape=folded.shape, const_value=folded)
+        node.outputs[0].replace_all_uses_with(made)
+        graph.remove(node, safe=True)
+        del graph.initializers[value.name]
+        graph.initializers[folded.name] = made
+
+
+def store_weights(model: ir.Model, path: Path, stage: Path, *, share: bool) -> WeightStorage:
+    """Write the data of the initializers to ``path``.data in the stage, or point them into files that have it.
+
+    Every initializer of at least 1 KiB becomes external; ``path`` is where the ONNX file will be. No more than one
+    weight is held at a time.
+    """
+    values = [value for value in model.graph.initializers.values() if _nbytes(value) >= INLINE_BYTES]
+    shared = dict(_extents(values)) if share else {}
+    opened = {extent.file.address: extent.file for extent in shared.values()}
+    files = dict(zip(opened, _share_files(list(opened.values()), path, stage), strict=True))
+    for value in values:
+        if value in shared:
+            extent = shared[value]
+            _point(value, files[extent.file.address].location, extent.offset, extent.nbytes, path.parent)
+    written = [value for value in values if value not in shared]
+    not_shared = _reasons(written) if share else {}
+    if written:
+        location = f"{path.name}.data"
+        with (stage / location).open("wb") as data:
+            for value in written:
+                offset = _write(data, value)
+                _point(value, location, offset, _nbytes(value), stage)
+    return WeightStorage(
+        sum(map(_nbytes, written)),
+        len(written),
+        sum(extent.nbytes for extent in shared.values()),
+        len(shared),
+        tuple(files.values()),
+        not_shared,
+    )
+
+
+def _nbytes(value: ir.Value) -> int:
+    assert value.const_value is not None
+    return value.const_value.nbytes
+
+
+def _extents(values: Iterable[ir.Value]) -> Iterable[tuple[ir.Value, Extent]]:
+    for value in values:
+        extent = value.const_value.locate() if isinstance(value.const_value, LazyWeight) else None
+        if extent is not None:
+            yield value, extent
+
+
+def _reasons(values: Iterable[ir.Value]) -> dict[str, int]:
+    reasons: dict[str, int] = {}
+    for value in values:
+        reason = _NOT_IN_A_FILE if isinstance(value.const_value, LazyWeight) else _CHANGED
+        reasons[reason] = reasons.get(reason, 0) + _nbytes(value)
+    return reasons
+
+
+def _point(value: ir.Value, location: str, offset: int, length: int, folder: Path) -> None:
+    tensor = value.const_value
+    assert tensor is not None and value.name is not None
+    assert isinstance(tensor.shape, ir.Shape)
+    value.const_value = ir.ExternalTensor(
+        location, offset, length, tensor.dtype, shape=tensor.shape, name=value.name, base_dir=folder
+    )
+
+
+def _write(data: BinaryIO, value: ir.Value) -> int:
+    """Append one tensor; the byte at which it begins."""
+    alignment = _PAGE_BYTES if _nbytes(value) >= _PAGE_BYTES else 64
+    data.write(b"\0" * (-data.tell() % alignment))
+    offset = data.tell()
+    tensor = value.const_value
+    assert tensor is not None
+    if not isinstance(tensor, LazyWeight):
+        data.write(tensor.tobytes())
+    elif (extent := tensor.locate()) is not None:
+        for chunk in extent.chunks():
+            data.write(chunk)
+    else:
+        view = byte_view(tensor.value())
+        for begin in range(0, len(view), _CHUNK_BYTES):
+            data.write(view[begin : begin + _CHUNK_BYTES])
+    return offset
+
+
+def _share_files(files: list[MappedFile], path: Path, stage: Path) -> list[SharedFile]:
+    folder = path.parent.resolve()
+    shared = []
+    for file in files:
+        if not file.is_in_place():
+            raise WeightsError(f"'{file.path}' was changed while it was used; load the model again")
+        source = file.path.resolve()
+        if source.is_relative_to(folder):
+            shared.append(SharedFile(source.relative_to(folder).as_posix(), str(file.path), "in place"))
+            continue
+        name = f"{path.name}.{file.path.name}"
+        if any(other.location == name for other in shared):
+            name = f"{path.name}.{len(shared)}.{file.path.name}"
+        shared.append(SharedFile(name, str(file.path), _link_or_copy(source, stage / name)))
+    return shared
+
+
+def _link_or_copy(source: Path, target: Path) -> Sharing:
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+        return "copy"
+    return "hard link"
+
+
+def needed_bytes(program: Program, path: Path, *, share: bool) -> int:
+    """Bytes that an export will write to the disk of ``path``, as far as known before it."""
+    located = {name: program.weights.locate(name) for name in program.exported.state_dict} if share else {}
+    shared = [extent for extent in located.values() if extent is not None]
+    files = {extent.file.address: extent.file for extent in shared}
+    copied = sum(file.nbytes for file in files.values() if not _can_link(file.path.resolve(), path.parent.resolve()))
+    return program.weight_bytes - sum(extent.nbytes for extent in shared) + copied
+
+
+def _can_link(source: Path, folder: Path) -> bool:
+    """Whether a file is in the folder or can be linked there: tried, since links across mounts may be forbidden."""
+    if source.is_relative_to(folder):
+        return True
+    trial = folder / f".{source.name}.{os.getpid()}.link"
+    try:
+        os.link(source, trial)
+    except OSError:
+        return False
+    trial.unlink()
+    return True
