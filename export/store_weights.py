@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import os
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
@@ -28,7 +28,7 @@ INLINE_BYTES = 1024
 # Runtimes that map single tensors do so at multiples of a page.
 _PAGE_BYTES = 4096
 _CHUNK_BYTES = 1 << 24
-_NOT_IN_A_FILE = "converted when read, or in no file"
+_NOT_IN_A_FILE = "converted when read, or in no safetensors file"
 _CHANGED = "made or changed by the exporter"
 
 Sharing = Literal["in place", "hard link", "copy"]
@@ -59,6 +59,23 @@ class WeightStorage:
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
+
+    def notes(self) -> tuple[str, ...]:
+        """What a user must know about shared files, one sentence each."""
+        notes = []
+        if self.shared_files:
+            notes.append(
+                "the ONNX file needs the shared files as they are: changing the checkpoint in place changes the model"
+            )
+        if any(file.how == "hard link" for file in self.shared_files):
+            notes.append(
+                "onnxruntime reads hard-linked weights, onnx.load and onnx.checker refuse them; written into the "
+                "checkpoint's own folder, the ONNX file needs no links"
+            )
+        copied = [file for file in self.shared_files if file.how == "copy"]
+        if copied:
+            notes.append(f"{len(copied)} files could not be linked beside the ONNX file and were copied")
+        return tuple(notes)
 
 
 class LazyWeight(ir.LazyTensor):
@@ -91,8 +108,8 @@ class LazyWeight(ir.LazyTensor):
         return LazyWeight(self.program, self.weight, form, permutation)
 
 
-def fold_transposes(model: ir.Model, *, share: bool) -> None:
-    """Store a weight that only one Transpose reads transposed; with ``share`` only where it cannot be shared anyway."""
+def fold_transposes(model: ir.Model, shared: Collection[str] = ()) -> None:
+    """Store a weight that only one Transpose reads transposed, unless it is one of the shared."""
     graph = model.graph
     for node in list(graph):
         value = node.inputs[0] if node.op_type == "Transpose" and node.domain == "" else None
@@ -100,7 +117,7 @@ def fold_transposes(model: ir.Model, *, share: bool) -> None:
         if value is None or not isinstance(lazy, LazyWeight) or lazy.permutation is not None:
             continue
         is_alone = len(value.uses()) == 1 and not value.is_graph_output() and not node.outputs[0].is_graph_output()
-        if not is_alone or value.name not in graph.initializers or (share and lazy.locate() is not None):
+        if not is_alone or value.name not in graph.initializers or lazy.weight in shared:
             continue
         axes = node.attributes.get("perm")
         permutation = tuple(axes.as_ints()) if axes is not None else tuple(reversed(range(len(lazy.shape))))
@@ -113,14 +130,16 @@ def fold_transposes(model: ir.Model, *, share: bool) -> None:
         graph.initializers[folded.name] = made
 
 
-def store_weights(model: ir.Model, path: Path, stage: Path, *, share: bool) -> WeightStorage:
+def store_weights(
+    model: ir.Model, path: Path, stage: Path, extents: Mapping[str, Extent] | None = None
+) -> WeightStorage:
     """Write the data of the initializers to ``path``.data in the stage, or point them into files that have it.
 
-    Every initializer of at least 1 KiB becomes external; ``path`` is where the ONNX file will be. No more than one
-    weight is held at a time.
+    Every initializer of at least 1 KiB becomes external; ``path`` is where the ONNX file will be. ``extents`` are the
+    weights to share; None where sharing was not asked for. No more than one weight is held at a time.
     """
     values = [value for value in model.graph.initializers.values() if _nbytes(value) >= INLINE_BYTES]
-    shared = dict(_extents(values)) if share else {}
+    shared = dict(_shared(values, extents or {}))
     opened = {extent.file.address: extent.file for extent in shared.values()}
     files = dict(zip(opened, _share_files(list(opened.values()), path, stage), strict=True))
     for value in values:
@@ -128,7 +147,7 @@ def store_weights(model: ir.Model, path: Path, stage: Path, *, share: bool) -> W
             extent = shared[value]
             _point(value, files[extent.file.address].location, extent.offset, extent.nbytes, path.parent)
     written = [value for value in values if value not in shared]
-    not_shared = _reasons(written) if share else {}
+    not_shared = {} if extents is None else _reasons(written)
     if written:
         location = f"{path.name}.data"
         with (stage / location).open("wb") as data:
@@ -150,11 +169,11 @@ def _nbytes(value: ir.Value) -> int:
     return value.const_value.nbytes
 
 
-def _extents(values: Iterable[ir.Value]) -> Iterable[tuple[ir.Value, Extent]]:
+def _shared(values: Iterable[ir.Value], extents: Mapping[str, Extent]) -> Iterable[tuple[ir.Value, Extent]]:
     for value in values:
-        extent = value.const_value.locate() if isinstance(value.const_value, LazyWeight) else None
-        if extent is not None:
-            yield value, extent
+        lazy = value.const_value
+        if isinstance(lazy, LazyWeight) and lazy.weight in extents and lazy.locate() is not None:
+            yield value, extents[lazy.weight]
 
 
 def _reasons(values: Iterable[ir.Value]) -> dict[str, int]:
@@ -221,8 +240,7 @@ def _link_or_copy(source: Path, target: Path) -> Sharing:
 
 def needed_bytes(program: Program, path: Path, *, share: bool) -> int:
     """Bytes that an export will write to the disk of ``path``, as far as known before it."""
-    located = {name: program.weights.locate(name) for name in program.exported.state_dict} if share else {}
-    shared = [extent for extent in located.values() if extent is not None]
+    shared = list(program.external_weights().values()) if share else []
     files = {extent.file.address: extent.file for extent in shared}
     copied = sum(file.nbytes for file in files.values() if not _can_link(file.path.resolve(), path.parent.resolve()))
     return program.weight_bytes - sum(extent.nbytes for extent in shared) + copied

@@ -44,16 +44,17 @@ def write_onnx(
     """Write ``path`` and ``path``.data, beside first, then renamed; checked by onnx.checker before.
 
     ``inline`` writes the functions' bodies in place, for tools that do not know functions. ``share`` points into the
-    files that the weights were loaded from wherever they hold the very bytes. No more than one weight is held.
+    safetensors files that the weights come from wherever they hold the very bytes. One weight is held at a time.
     """
     needed = needed_bytes(program, path, share=share)
     model = to_onnx_model(program, form=form)
-    fold_transposes(model, share=share)
+    extents = program.external_weights() if share else None
+    fold_transposes(model, extents or ())
     functions = tuple(identifier[1] for identifier in model.functions)
     if inline:
         model = InlinePass()(model).model
     with staged_outputs(path, needed_bytes=needed) as stage:
-        storage = store_weights(model, path, stage, share=share)
+        storage = store_weights(model, path, stage, extents)
         ir.save(model, stage / path.name)
         _check(stage, path.name)
     return WrittenOnnx(functions, storage)

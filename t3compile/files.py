@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import glob
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from t3compile.errors import OutputError
+
+_STAGE_SUFFIX = ".part"
+_NEW_S = 5.0
 
 
 def check_writable(path: Path) -> None:
@@ -27,7 +32,11 @@ def check_writable(path: Path) -> None:
 
 
 def check_space(path: Path, needed_bytes: int) -> None:
-    """Raise OutputError, before any work, when the disk under `path` has no room for so much."""
+    """Raise OutputError, before any work, when the disk under `path` has no room for so much.
+
+    What a killed run left unfinished beside `path` is removed first.
+    """
+    _remove_abandoned(path)
     free = shutil.disk_usage(path.parent).free
     if free < needed_bytes:
         raise OutputError(
@@ -45,7 +54,8 @@ def staged_outputs(path: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
     """
     check_writable(path)
     check_space(path, needed_bytes)
-    stage = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+    stage = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_STAGE_SUFFIX, dir=path.parent))
+    lock = _lock(stage)
     try:
         yield stage
         for file in sorted(stage.iterdir(), key=lambda file: file.name == path.name):
@@ -55,6 +65,38 @@ def staged_outputs(path: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
         raise OutputError(f"cannot write '{path}': {error.strerror or error}{at}") from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)
+
+
+def _lock(folder: Path) -> int | None:
+    """Hold a folder for as long as this process lives; None where another one does, or locks are unknown."""
+    try:
+        import fcntl
+
+        descriptor = os.open(folder, os.O_RDONLY)
+    except (ImportError, OSError):
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _remove_abandoned(path: Path) -> None:
+    """Remove the unfinished outputs of runs that were killed: nobody holds their folders."""
+    for stage in path.parent.glob(f".{glob.escape(path.name)}.*{_STAGE_SUFFIX}"):
+        try:
+            is_new = time.time() - stage.stat().st_mtime < _NEW_S
+        except OSError:
+            continue
+        # A new one may be about to be locked.
+        lock = None if is_new or not stage.is_dir() else _lock(stage)
+        if lock is not None:
+            shutil.rmtree(stage, ignore_errors=True)
+            os.close(lock)
 
 
 def write_text(path: Path, text: str) -> None:

@@ -138,14 +138,20 @@ def rewrite(program: Program, plan: Plan, *, portable: bool = False) -> Program:
 
 
 def verify(
-    program: Program, rewritten: Program, plan: Plan, *, probe: bool = False, progress: Progress = _silent
+    program: Program,
+    rewritten: Program,
+    plan: Plan,
+    *,
+    probe: bool = False,
+    thorough: bool = False,
+    progress: Progress = _silent,
 ) -> VerifyReport:
     """Prove that ``rewritten`` is ``program`` under ``plan``.
 
     Splits (1,1,1) give the original bit for bit; every site equals dense attention under its masks; the whole
     model equals the masked original. A model too large for that is retraced on a small grid, where that can be,
-    and its patterns are checked one by one on the real grid. ``probe`` also checks by experiment where the tokens of
-    the planned sites stand.
+    and its patterns are checked one by one on the real grid; if it is too large for that too, only ``thorough`` does
+    it. ``probe`` also checks by experiment where the tokens of the planned sites stand.
     """
     survey = detect_for(program, plan)
     grid_text = _grids_text(survey)
@@ -154,7 +160,7 @@ def verify(
     if graph_macs(program.graph) <= (SAVED_DIRECT_MACS if program.retrace is None else DIRECT_MACS):
         checks += _check_programs(program, rewritten, plan, progress)
     else:
-        small = _small_case(program, survey, plan)
+        small = _small_case(program, survey, plan, None if thorough else SAVED_DIRECT_MACS)
         if isinstance(small, str):
             not_run.append(f"whole-model checks: {small}")
         else:
@@ -205,8 +211,8 @@ class _SmallCase:
     rewritten: Program
 
 
-def _small_case(program: Program, survey: SiteSurvey, plan: Plan) -> _SmallCase | str:
-    """The same model retraced on a small grid with its patterns scaled down, or why that cannot be."""
+def _small_case(program: Program, survey: SiteSurvey, plan: Plan, most_macs: int | None) -> _SmallCase | str:
+    """The same model retraced on a small grid with its patterns scaled down, or why that cannot or shall not be."""
     if program.retrace is None:
         macs = graph_macs(program.graph) / 1e12
         return f"a saved graph has one size, and this one's {macs:,.1f} T MACs are too many for dense references"
@@ -217,6 +223,13 @@ def _small_case(program: Program, survey: SiteSurvey, plan: Plan) -> _SmallCase 
     if len(survey.grid_axes) not in (2, 3) or not survey.grids:
         return "the graph does not tell which input axes make the grid"
     named = _shrunk(named_inputs(program), survey.grid_axes, survey.grids[0])
+    # Retracing is long for what is this large: a lower bound of its work, every weight against every token.
+    weight_macs = _linear_macs(program) * SMALL_GRID.tokens
+    if most_macs is not None and weight_macs > most_macs:
+        return (
+            f"on a small grid too, {weight_macs / 1e12:,.1f} T MACs a pass are too many; 't3compile verify --thorough' "
+            "does it all the same"
+        )
     try:
         small = program.retrace(*substitute_inputs(program, named))
         small_survey = find_attention(small)
@@ -230,6 +243,12 @@ def _small_case(program: Program, survey: SiteSurvey, plan: Plan) -> _SmallCase 
     )
     small_plan = Plan(small.fingerprint(), plan.schedule, sites)
     return _SmallCase(small, small_survey, small_plan, rewrite(small, small_plan))
+
+
+def _linear_macs(program: Program) -> int:
+    """MACs per token when every matrix among the parameters meets every token once."""
+    state = program.exported.state_dict
+    return sum(state[name].numel() for name in program.exported.graph_signature.parameters if state[name].dim() > 1)
 
 
 def _shrunk(inputs: Mapping[str, Tensor], axes: Sequence[GridAxis], grid: TokenGrid) -> dict[str, Tensor]:
@@ -336,9 +355,9 @@ def export_onnx_report(
 
     ``precision`` "float16" stores matrix weights and runs matrix products in half; inputs and outputs keep their
     dtypes. ``form`` spells attention inside the functions: opset-23 Attention, MatMul-Softmax, or onnxruntime's own
-    MultiHeadAttention. ``inline`` writes function bodies in place. ``share_weights`` points into the files that the
-    weights were loaded from, where they hold the very bytes, instead of writing them again. ``check`` compares with
-    torch in onnxruntime; None does so unless the model is too large to run here in a minute.
+    MultiHeadAttention. ``inline`` writes function bodies in place. ``share_weights`` points into the safetensors
+    files that the weights come from, where they hold the very bytes, instead of writing them again. ``check``
+    compares with torch in onnxruntime; None does so unless the model is too large to run here in a minute.
     """
     from t3compile.export.store_weights import needed_bytes
     from t3compile.export.write_onnx import write_onnx
@@ -356,7 +375,7 @@ def export_onnx_report(
         legal = legalize(legal).program
     progress(f"writing {path.name}")
     written = write_onnx(legal, path, form=form, inline=inline, share=share_weights)
-    notes = _block_list_notes(program) + _large_tensor_notes(legal)
+    notes = _block_list_notes(program) + _large_tensor_notes(legal) + written.storage.notes()
     report = OnnxReport(str(path), written.functions, None, "switched off", notes, written.storage)
     if check is False:
         return report

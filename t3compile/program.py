@@ -22,7 +22,7 @@ from torch.utils import _pytree as pytree
 
 from t3compile.archive import is_plain, without_values, write_archive
 from t3compile.errors import TraceError, WeightsError, first_line
-from t3compile.files import staged_outputs
+from t3compile.files import check_space, check_writable, staged_outputs
 from t3compile.mapped_files import Extent
 from t3compile.plan import Plan
 from t3compile.weight_references import is_safetensors_file, refer
@@ -109,6 +109,12 @@ class Program:
         good = {address for address, file in files.items() if is_safetensors_file(file)}
         return {name: e for name, e in located.items() if e is not None and e.file.address in good}
 
+    def check_savable(self, path: str | Path, *, external: bool = False) -> None:
+        """Raise, before any work, what ``save`` would raise for missing weights, a bad path or too little room."""
+        self.require_weights()
+        check_writable(Path(path))
+        check_space(Path(path), self._stored_bytes(self._extents_for(external)))
+
     def save(self, path: str | Path, *, external: bool = False) -> Path:
         """Write a torch.export ``.pt2`` (with the plan inside, if rewritten), beside first, then renamed.
 
@@ -117,14 +123,8 @@ class Program:
         """
         path = Path(path)
         extra = {} if self.plan is None else {PLAN_ENTRY: self.plan.dumps()}
-        extents = self.external_weights() if external else {}
-        if external and not extents:
-            raise WeightsError(
-                f"no weight of {self.source} lies in a safetensors file as it is, so none can be referred to; "
-                "store the weights inside"
-            )
-        stored = self.weight_bytes - sum(extent.nbytes for extent in extents.values())
-        with staged_outputs(path, needed_bytes=stored) as stage, quiet_torch():
+        extents = self._extents_for(external)
+        with staged_outputs(path, needed_bytes=self._stored_bytes(extents)) as stage, quiet_torch():
             target = stage / path.name
             if all(map(is_plain, self.exported.state_dict.values())):
                 forms = copy_exported(self.exported, state_dict=without_values(self.exported.state_dict))
@@ -136,6 +136,18 @@ class Program:
                 torch.export.save(self.with_weights(), suffixed, extra_files=extra)
                 suffixed.rename(target)
         return path
+
+    def _extents_for(self, external: bool) -> dict[str, Extent]:
+        extents = self.external_weights() if external else {}
+        if external and not extents:
+            raise WeightsError(
+                f"no weight of {self.source} lies in a safetensors file as it is, so none can be referred to; "
+                "store the weights inside"
+            )
+        return extents
+
+    def _stored_bytes(self, extents: Mapping[str, Extent]) -> int:
+        return self.weight_bytes - sum(extent.nbytes for extent in extents.values())
 
 
 def copy_exported(

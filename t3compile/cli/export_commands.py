@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from t3compile.cli.options import CHECK_FAILED, json_option, model_options, shielded
 from t3compile.cli.steps import load_model
+
+if TYPE_CHECKING:
+    from t3compile.export.store_weights import WeightStorage
 
 
 @click.command()
@@ -30,10 +33,22 @@ from t3compile.cli.steps import load_model
     help="Attention inside functions: opset-23 Attention, MatMul-Softmax, or onnxruntime's MultiHeadAttention.",
 )
 @click.option("--inline", is_flag=True, help="Write function bodies in place.")
+@click.option(
+    "--share-weights",
+    is_flag=True,
+    help="Point into the safetensors files of the weights, linked or copied beside the .onnx, where bytes agree.",
+)
 @click.option("--check/--no-check", default=None, help="Compare with torch in onnxruntime; default: unless too large.")
 @shielded
 def export(
-    as_json: bool, output: Path, precision: Any, form: Any, inline: bool, check: bool | None, **options: Any
+    as_json: bool,
+    output: Path,
+    precision: Any,
+    form: Any,
+    inline: bool,
+    share_weights: bool,
+    check: bool | None,
+    **options: Any,
 ) -> None:
     """Write MODEL, usually a rewritten .pt2, as ONNX (opset 23), weights as external data."""
     from t3compile.files import check_writable
@@ -44,7 +59,14 @@ def export(
     program = load_model(options)
     with progress() as step:
         report = export_onnx_report(
-            program, output, precision=precision, form=form, inline=inline, check=check, progress=step
+            program,
+            output,
+            precision=precision,
+            form=form,
+            inline=inline,
+            share_weights=share_weights,
+            check=check,
+            progress=step,
         )
     if program.plan is None:
         say("note: this model is not rewritten; its attention stays full")
@@ -53,6 +75,7 @@ def export(
         show_json(report.to_json())
     else:
         rows = [("file", report.path), ("functions", ", ".join(report.functions) or "none")]
+        rows += _weight_rows(report.storage)
         for one in compared or ():
             result = "ok" if one.passed else "FAILED"
             text = f"error {one.error:.3g} against float64, allowed {one.allowed:.3g}: {result}"
@@ -63,6 +86,19 @@ def export(
     if compared is None:
         say(f"not compared with torch: {report.not_compared}")
     sys.exit(0 if report.passed else CHECK_FAILED)
+
+
+def _weight_rows(storage: WeightStorage | None) -> list[tuple[str, str]]:
+    from t3compile.report import size_bytes
+
+    if storage is None:
+        return []
+    rows = [("weights written", f"{size_bytes(storage.written_bytes)} in {storage.written_tensors} tensors")]
+    if storage.shared_files:
+        rows.append(("weights shared", f"{size_bytes(storage.shared_bytes)} in {storage.shared_tensors} tensors"))
+    rows += [(f"shared file, {file.how}", f"{file.location} ({file.source})") for file in storage.shared_files]
+    rows += [("not shared", f"{size_bytes(count)}: {reason}") for reason, count in storage.not_shared.items()]
+    return rows
 
 
 @click.command()

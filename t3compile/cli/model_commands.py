@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -25,7 +25,10 @@ from t3compile.cli.steps import (
     say_what_is_left,
     survey_and_plan,
 )
-from t3compile.errors import PlanError
+from t3compile.errors import OutputError, PlanError
+
+if TYPE_CHECKING:
+    from t3compile.program import Program
 
 
 @click.command()
@@ -132,6 +135,13 @@ def cost(
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The .pt2 to write.")
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="A plan file instead of --schedule.")
 @click.option("--portable", is_flag=True, help="Write plain aten: the file loads with torch alone.")
+@click.option(
+    "--store-weights",
+    type=click.Choice(["inside", "external"]),
+    default="inside",
+    show_default=True,
+    help="external: the .pt2 refers to the safetensors files that MODEL's weights are in, and copies none of them.",
+)
 @click.option("--verify/--no-verify", "do_verify", default=True, show_default=True, help="Prove the result.")
 @shielded
 def rewrite(
@@ -143,6 +153,7 @@ def rewrite(
     output: Path,
     plan_file: Path | None,
     portable: bool,
+    store_weights: str,
     do_verify: bool,
     **options: Any,
 ) -> None:
@@ -153,8 +164,15 @@ def rewrite(
     from t3compile.pipeline import verify as verify_programs
     from t3compile.report import progress, say, show_json, show_plan, show_verification
 
+    external = store_weights == "external"
+    if portable and external:
+        raise OutputError(
+            "--portable and --store-weights external exclude each other: torch alone cannot follow references; leave "
+            "one out"
+        )
     check_writable(output)
     program = load_model(options)
+    program.check_savable(output, external=external)
     survey, chosen = survey_and_plan(program, grid, schedule, min_tokens, plan_file)
     probed = probe_or_exit(program, survey, quiet=as_json) if probe else None
     rewritten = rewrite_program(program, chosen, portable=portable)
@@ -165,8 +183,10 @@ def rewrite(
     if report is None or report.passed:
         with progress() as step:
             step(f"writing {output}")
-            rewritten.save(output)
+            rewritten.save(output, external=external)
         say(f"wrote {output}")
+        if external:
+            _say_external(rewritten, output)
     else:
         say(f"{output} was not written: a check failed")
     result = {
@@ -188,6 +208,21 @@ def rewrite(
     sys.exit(CHECK_FAILED if report is not None and not report.passed else left)
 
 
+def _say_external(program: Program, output: Path) -> None:
+    """Which weights the .pt2 refers to, and how it finds them again."""
+    from t3compile.report import say, size_bytes
+
+    extents = program.external_weights()
+    shared = sum(extent.nbytes for extent in extents.values())
+    folders = sorted({str(extent.file.path.parent) for extent in extents.values()})
+    inside = size_bytes(program.weight_bytes - shared)
+    say(f"{size_bytes(shared)} of weights stay in {', '.join(folders)}; {inside} are inside {output}")
+    outside = [folder for folder in folders if not Path(folder).resolve().is_relative_to(output.parent.resolve())]
+    if outside:
+        given = " ".join(f"--weights {folder}" for folder in outside)
+        say(f"note: {output} reads files outside its own folder only where you name them: give {given} with it")
+
+
 def _say_not_run(report: Any) -> None:
     from t3compile.report import say
 
@@ -201,15 +236,19 @@ def _say_not_run(report: Any) -> None:
 @probe_option
 @json_option
 @click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="The plan, if REWRITTEN carries none.")
+@click.option("--thorough", is_flag=True, help="Run the whole model however large it is.")
 @shielded
-def verify(rewritten: Path, probe: bool, as_json: bool, plan_file: Path | None, **options: Any) -> None:
+def verify(rewritten: Path, probe: bool, as_json: bool, plan_file: Path | None, thorough: bool, **options: Any) -> None:
     """Prove that the .pt2 REWRITTEN is MODEL under its plan. Exits with 1 when a check fails."""
+    from t3compile.loading.map_archive import refers_to_weights
     from t3compile.pipeline import load_program
     from t3compile.pipeline import verify as verify_programs
     from t3compile.report import progress, show_json, show_verification
 
     program = load_model(options)
-    result = load_program(rewritten)
+    # Naming MODEL names the folders of its weights.
+    folders = {extent.file.path.parent for extent in program.external_weights().values()}
+    result = load_program(rewritten, weights=sorted(folders) if folders and refers_to_weights(rewritten) else None)
     if plan_file is not None:
         chosen = read_plan(plan_file)
     elif result.plan is not None:
@@ -217,7 +256,7 @@ def verify(rewritten: Path, probe: bool, as_json: bool, plan_file: Path | None, 
     else:
         raise PlanError(f"'{rewritten}' carries no plan: give the one it was made with as --plan FILE")
     with progress() as step:
-        report = verify_programs(program, result, chosen, probe=probe, progress=step)
+        report = verify_programs(program, result, chosen, probe=probe, thorough=thorough, progress=step)
     if as_json:
         show_json(report.to_json())
     else:

@@ -37,7 +37,8 @@ model_options = _options(
         "--weights",
         type=click.Path(path_type=Path),
         multiple=True,
-        help="Safetensors files for a diffusers folder, in its own or the original naming.",
+        help="Safetensors files for a diffusers folder, in its own or the original naming; for a .pt2 that refers to "
+        "its weights, the folder they are in.",
     ),
     click.option("--random-weights", is_flag=True, help="Seeded random weights for a diffusers folder."),
     click.option("--seed", type=int, default=0, help="Seed of --random-weights."),

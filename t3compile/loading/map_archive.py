@@ -89,6 +89,15 @@ def split_archive(path: Path, named: Sequence[Path] = ()) -> SplitArchive:
     return SplitArchive(skeleton, weights, (MappedFile.open(path), *external))
 
 
+def refers_to_weights(path: Path) -> bool:
+    """Whether a ``.pt2`` holds weights by reference; False for what is none."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return any(name.partition("/")[2] == f"extra/{REFERENCES_ENTRY}" for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile, ValueError, NotImplementedError):
+        return False
+
+
 def _read_references(path: Path, reader: Any) -> WeightReferences | None:
     record = f"extra/{REFERENCES_ENTRY}"
     if not reader.has_record(record):
