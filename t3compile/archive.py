@@ -73,6 +73,8 @@ def write_archive(
                 _describe(config["config"][name], payload.path_name, tensor, is_row_major)
         for name in referenced:
             _describe(config["config"][name], EXTERNAL_PAYLOAD, exported.state_dict[name], True)
+        # torch lists them by dtype; models are loaded in the order of this list.
+        config["config"] = {name: config["config"][name] for name in exported.state_dict}
         _store(archive, config_name, [json.dumps(config).encode()])
 
 

@@ -108,3 +108,166 @@ def _write_shard(path: Path, shapes: Mapping[str, torch.Size], block: Tensor, se
                 left -= len(part)
                 at = (at + len(part) + 2 * 1009) % len(data)
     return end
+
+
+# Peak resident memory of every command, seconds of inspect, and of rewrite and export together beyond copying.
+MOST_BYTES = 4 * 2**30
+MOST_INSPECT_S = 30.0
+MOST_REWRITE_AND_EXPORT_S = 120.0
+
+
+@dataclass(frozen=True)
+class Run:
+    """One command in a process of its own: seconds, highest resident memory, and of that not backed by files."""
+
+    name: str
+    wall_s: float
+    cpu_s: float
+    peak_bytes: int
+    peak_anonymous_bytes: int
+    written_bytes: int
+
+
+def run_command(name: str, *arguments: str | Path, writes: Path | None = None) -> Run:
+    """Run one t3compile command; RuntimeError with its messages when it fails."""
+    command = [sys.executable, "-m", "t3compile.cli", *map(str, arguments)]
+    start = time.perf_counter()
+    with tempfile.TemporaryFile() as messages:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=messages)
+        peak = anonymous = 0
+        while True:
+            finished, status, usage = os.wait4(process.pid, os.WNOHANG)
+            if finished:
+                break
+            memory = _memory(process.pid)
+            peak, anonymous = max(peak, memory.get("VmHWM", 0)), max(anonymous, memory.get("RssAnon", 0))
+            time.sleep(0.02)
+        process.returncode = os.waitstatus_to_exitcode(status)
+        wall = time.perf_counter() - start
+        # 3: done, but some attention was left full.
+        if process.returncode not in (0, 3):
+            messages.seek(0)
+            raise RuntimeError(f"{name} failed with {process.returncode}: {messages.read().decode()[-2000:]}")
+    written = 0 if writes is None else sum(file.stat().st_size for file in _made(writes))
+    return Run(name, wall, usage.ru_utime + usage.ru_stime, peak, anonymous, written)
+
+
+def _memory(pid: int) -> dict[str, int]:
+    """Bytes by name; rusage would count what this process held when it forked."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except OSError:
+        return {}
+    return {
+        line.split(":")[0]: int(line.split()[1]) * 1024 for line in lines if line.startswith(("VmHWM:", "RssAnon:"))
+    }
+
+
+def _made(path: Path) -> list[Path]:
+    """An output and what lies beside it under its name, links left out."""
+    return [file for file in path.parent.glob(f"{path.name}*") if file.stat().st_nlink == 1]
+
+
+def _remove(path: Path) -> None:
+    for file in path.parent.glob(f"{path.name}*"):
+        file.unlink()
+
+
+def _copy_seconds(source: Path, target: Path) -> float:
+    """How long a plain copy of the checkpoint takes here; the copy is removed."""
+    start = time.perf_counter()
+    for shard in sorted(source.glob("*.safetensors")):
+        shutil.copyfile(shard, target)
+        target.unlink()
+    return time.perf_counter() - start
+
+
+@contextmanager
+def scratch_folder(parent: Path | None) -> Iterator[Path]:
+    """A new folder in ``parent`` that is removed at the end, also after Ctrl-C."""
+    folder = Path(tempfile.mkdtemp(prefix="bench-14b.", dir=parent))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def run_all(folder: Path, layers: int) -> tuple[list[Run], float]:
+    """All commands on a checkpoint of so many layers, and the seconds of copying its files once."""
+    checkpoint = folder / "wan"
+    start = time.perf_counter()
+    total = write_checkpoint(checkpoint, {**WAN_14B, "num_layers": layers})
+    _say(f"checkpoint of {layers} layers: {total / 1e9:.1f} GB in {time.perf_counter() - start:.0f} s")
+    model: list[str | Path] = [checkpoint, *SIZE]
+    inside, outside, onnx = folder / "inside.pt2", folder / "outside.pt2", folder / "model.onnx"
+    runs: list[Run] = []
+
+    def add(name: str, *arguments: str | Path, writes: Path | None = None) -> None:
+        runs.append(run_command(name, *arguments, writes=writes))
+        _show(runs[-1])
+
+    add("inspect", "inspect", *model)
+    add("plan", "plan", *model, "-o", folder / "plan.json")
+    plan = ("--plan", folder / "plan.json")
+    add(
+        "rewrite, weights external",
+        "rewrite",
+        *model,
+        *plan,
+        "-o",
+        outside,
+        "--store-weights",
+        "external",
+        writes=outside,
+    )
+    add("export, weights shared", "export", outside, "-o", onnx, "--share-weights", "--no-check", writes=onnx)
+    _remove(onnx)
+    add("export, weights copied", "export", outside, "-o", onnx, "--no-check", writes=onnx)
+    _remove(onnx)
+    _remove(outside)
+    add("rewrite, weights inside", "rewrite", *model, *plan, "-o", inside, "--no-verify", writes=inside)
+    _remove(inside)
+    copied = _copy_seconds(checkpoint, folder / "copy")
+    _say(f"copying the checkpoint's files one by one: {copied:.1f} s")
+    return runs, copied
+
+
+def failures(runs: list[Run], copied_s: float) -> list[str]:
+    """The limits that were not kept."""
+    by_name = {run.name: run for run in runs}
+    failed = [f"{run.name}: {run.peak_bytes / 2**30:.2f} GiB" for run in runs if run.peak_bytes > MOST_BYTES]
+    if by_name["inspect"].wall_s > MOST_INSPECT_S:
+        failed.append(f"inspect: {by_name['inspect'].wall_s:.0f} s, at most {MOST_INSPECT_S:.0f} s")
+    together = by_name["rewrite, weights external"].wall_s + by_name["export, weights copied"].wall_s
+    most = MOST_REWRITE_AND_EXPORT_S + copied_s
+    if together > most:
+        failed.append(f"rewrite and export: {together:.0f} s, at most {most:.0f} s")
+    return failed
+
+
+def _show(run: Run) -> None:
+    _say(
+        f"{run.name:<28}{run.wall_s:8.1f} s wall {run.cpu_s:8.1f} s cpu   peak {run.peak_bytes / 2**30:5.2f} GiB, "
+        f"anonymous {run.peak_anonymous_bytes / 2**30:5.2f} GiB   wrote {run.written_bytes / 1e9:6.2f} GB"
+    )
+
+
+def _say(text: str) -> None:
+    print(text, flush=True)  # noqa: T201
+
+
+def main() -> None:
+    """Run the benchmark; exits with 1 when a limit is not kept."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--layers", type=int, default=40)
+    parser.add_argument("--folder", type=Path, help="where about twice the checkpoint (57 GB for 40 layers) has room")
+    options = parser.parse_args()
+    with scratch_folder(options.folder) as folder:
+        failed = failures(*run_all(folder, options.layers))
+    for text in failed:
+        _say(f"limit not kept: {text}")
+    sys.exit(1 if failed else 0)
+
+
+if __name__ == "__main__":
+    main()
