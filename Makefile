@@ -5,10 +5,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench speed test models check lint types imports wheel clean
+.PHONY: help setup demo bench bench-14b speed test models check lint types imports wheel clean
 
 help: ## List the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 11
 
 setup: $(STAMP) ## Create .venv with the pinned dependencies
 
@@ -27,6 +27,9 @@ bench: $(STAMP) ## The demo's rewritten and full models side by side in onnxrunt
 
 speed: $(STAMP) ## Seconds that detection, planning and rewriting take at 15, 30 and 60 blocks (some minutes)
 	$(BIN)/python -m tests.test_detection_speed
+
+bench-14b: $(STAMP) ## Wan 14B at 4K through every command from a checkpoint larger than memory (57 GB of disk, some ten minutes)
+	$(BIN)/python -m tests.bench_14b
 
 test: $(STAMP) ## Run the tests
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
