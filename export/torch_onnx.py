@@ -10,6 +10,7 @@ from contextlib import contextmanager
 
 import onnx_ir as ir
 import torch
+from onnx_ir.passes import common
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
@@ -19,6 +20,7 @@ from t3compile.errors import ExportError, first_line
 OPSET = 23
 # What onnxscript would not store anyway: it computes larger constants first and drops them then.
 _LARGEST_FOLDED = 512 * 512
+_ROUNDS = 2
 
 # A weight's stand-in, by its name and the fake tensor that was exported: read when its values are asked for.
 MakeLazy = Callable[[str, Tensor], ir.TensorProtocol]
@@ -51,11 +53,31 @@ def export_graph(exported: ExportedProgram, make_lazy: MakeLazy = _no_lazy) -> i
 
 
 def _optimize(model: ir.Model) -> None:
-    """What torch.onnx.export does, but weights are not transposed, and no large constant is computed."""
-    from onnxscript.optimizer import optimize_ir
+    """What torch.onnx.export does, in linear time; weights are not transposed, and no large constant is computed.
+
+    Left out is the rule that makes Split of two Slices: it tries all pairs of the graph's Slices at every node.
+    """
+    from onnxscript import rewriter
+    from onnxscript.optimizer import fold_constants_ir
     from onnxscript.rewriter import onnx_fusions
 
-    optimize_ir(model, should_fold=_should_fold)
+    rules = [rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule._target_pattern.has_single_output_node]
+    clean = [common.RemoveUnusedNodesPass(), common.RemoveUnusedFunctionsPass(), common.RemoveUnusedOpsetsPass()]
+    common.InlinePass()(model)
+    for _ in range(_ROUNDS):
+        folded = fold_constants_ir(model, onnx_shape_inference=True, should_fold=_should_fold).modified
+        rewritten = ir.passes.Sequential(rewriter.RewritePass(rules), *clean)(model).modified
+        if not folded and not rewritten:
+            break
+    ir.passes.Sequential(
+        common.RemoveUnusedNodesPass(),
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        common.LiftSubgraphInitializersToMainGraphPass(),
+        common.DeduplicateInitializersPass(),
+        common.CommonSubexpressionEliminationPass(),
+        common.OutputFixPass(),
+        common.NameFixPass(),
+    )(model)
     onnx_fusions.fuse(model)
 
 
