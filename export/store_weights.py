@@ -116,6 +116,7 @@ def fold_transposes(model: ir.Model, shared: Collection[str] = ()) -> None:
         lazy = None if value is None else value.const_value
         if value is None or not isinstance(lazy, LazyWeight) or lazy.permutation is not None:
             continue
+        assert value.name is not None
         is_alone = len(value.uses()) == 1 and not value.is_graph_output() and not node.outputs[0].is_graph_output()
         if not is_alone or value.name not in graph.initializers or lazy.weight in shared:
             continue

@@ -62,11 +62,12 @@ def _optimize(model: ir.Model) -> None:
     from onnxscript.rewriter import onnx_fusions
 
     rules = [rule for rule in rewriter._DEFAULT_REWRITE_RULES if rule._target_pattern.has_single_output_node]
-    clean = [common.RemoveUnusedNodesPass(), common.RemoveUnusedFunctionsPass(), common.RemoveUnusedOpsetsPass()]
+    rewrite = rewriter.RewritePass(rules)
+    clean = [common.RemoveUnusedNodesPass(), common.RemoveUnusedOpsetsPass()]
     common.InlinePass()(model)
     for _ in range(_ROUNDS):
         folded = fold_constants_ir(model, onnx_shape_inference=True, should_fold=_should_fold).modified
-        rewritten = ir.passes.Sequential(rewriter.RewritePass(rules), *clean)(model).modified
+        rewritten = ir.passes.Sequential(rewrite, *clean)(model).modified
         if not folded and not rewritten:
             break
     ir.passes.Sequential(
@@ -90,8 +91,8 @@ def _should_fold(node: ir.Node) -> bool | None:
 
 
 def _is_large(value: ir.Value) -> bool:
-    sizes = [] if value.shape is None else list(value.shape)
-    return all(isinstance(size, int) for size in sizes) and math.prod(map(int, sizes)) > _LARGEST_FOLDED
+    sizes = [size for size in value.shape or () if isinstance(size, int)]
+    return value.shape is not None and len(sizes) == len(value.shape) and math.prod(sizes) > _LARGEST_FOLDED
 
 
 def _first_cause(error: BaseException) -> BaseException:

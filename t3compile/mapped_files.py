@@ -127,7 +127,7 @@ class Extent:
 def byte_view(tensor: Tensor) -> memoryview:
     """The bytes of a row-major tensor on the CPU; writing to them writes to it."""
     flat = tensor.detach().reshape(-1).view(torch.uint8)
-    return memoryview(flat.numpy()) if flat.numel() else memoryview(b"")
+    return flat.numpy().data if flat.numel() else memoryview(b"")
 
 
 @dataclass(frozen=True)

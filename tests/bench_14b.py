@@ -10,6 +10,7 @@ import argparse
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -134,14 +135,17 @@ def run_command(name: str, *arguments: str | Path, writes: Path | None = None) -
     start = time.perf_counter()
     with tempfile.TemporaryFile() as messages:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=messages)
-        peak = anonymous = 0
-        while True:
-            finished, status, usage = os.wait4(process.pid, os.WNOHANG)
-            if finished:
-                break
-            memory = _memory(process.pid)
-            peak, anonymous = max(peak, memory.get("VmHWM", 0)), max(anonymous, memory.get("RssAnon", 0))
-            time.sleep(0.02)
+        peak = anonymous = finished = 0
+        try:
+            while not finished:
+                memory = _memory(process.pid)
+                peak, anonymous = max(peak, memory.get("VmHWM", 0)), max(anonymous, memory.get("RssAnon", 0))
+                time.sleep(0.02)
+                finished, status, usage = os.wait4(process.pid, os.WNOHANG)
+        finally:
+            if not finished:
+                process.terminate()
+                process.wait()
         process.returncode = os.waitstatus_to_exitcode(status)
         wall = time.perf_counter() - start
         # 3: done, but some attention was left full.
@@ -184,8 +188,9 @@ def _copy_seconds(source: Path, target: Path) -> float:
 
 @contextmanager
 def scratch_folder(parent: Path | None) -> Iterator[Path]:
-    """A new folder in ``parent`` that is removed at the end, also after Ctrl-C."""
+    """A new folder in ``parent`` that is removed at the end, also when the run is stopped."""
     folder = Path(tempfile.mkdtemp(prefix="bench-14b.", dir=parent))
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))
     try:
         yield folder
     finally:

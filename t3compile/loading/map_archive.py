@@ -136,7 +136,7 @@ def _place(
     return ArchivedWeight(offset, sizes, strides)
 
 
-def _item_bytes(serialized_dtype: int) -> int:
+def _item_bytes(serialized_dtype: Any) -> int:
     from torch._export.serde.serialize import deserialize_scalar_type
 
     dtype: torch.dtype = deserialize_scalar_type(serialized_dtype)
