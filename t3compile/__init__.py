@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from t3compile.aoti import export_aoti
     from t3compile.capturing import capture
     from t3compile.cost import plan_cost
     from t3compile.errors import T3CompileError
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from t3compile.probing import ProbeReport, probe
     from t3compile.program import Program
     from t3compile.sites import SiteSurvey
+    from t3compile.transformer import as_transformer
     from t3compile.verification import VerifyReport
 
 __version__ = "0.1.0"
@@ -34,8 +36,10 @@ _HOMES = {
     "VerifyReport": "verification",
     "VideoSize": "inputs",
     "WindowPattern": "pattern",
+    "as_transformer": "transformer",
     "capture": "capturing",
     "detect": "pipeline",
+    "export_aoti": "aoti",
     "export_onnx": "pipeline",
     "load_engine": "pipeline",
     "load_program": "pipeline",
@@ -59,8 +63,10 @@ __all__ = [
     "VerifyReport",
     "VideoSize",
     "WindowPattern",
+    "as_transformer",
     "capture",
     "detect",
+    "export_aoti",
     "export_onnx",
     "load_engine",
     "load_program",
