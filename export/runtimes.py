@@ -81,8 +81,11 @@ def recognize_file(path: Path) -> FileKind:
         raise EngineError(f"'{path}' is a folder; give a file that 't3compile export' wrote")
     if not path.is_file():
         raise EngineError(f"'{path}' does not exist; give a file that 't3compile export' wrote")
-    with path.open("rb") as file:
-        head = file.read(64)
+    try:
+        with path.open("rb") as file:
+            head = file.read(64)
+    except OSError as error:
+        raise EngineError(f"cannot read '{path}': {error.strerror or error}; give a readable file") from None
     if head.startswith(TENSORRT_MAGIC):
         return "tensorrt"
     if looks_like_onnx(head):

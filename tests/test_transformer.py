@@ -131,7 +131,7 @@ def _count_calls(monkeypatch: pytest.MonkeyPatch, engine: Any) -> list[dict[str,
 
 
 # Three steps of float32 rounding, guidance and a decoder: pixels in [0, 1].
-PIXEL_TOLERANCE = 1e-4
+PIXEL_TOLERANCE = 1e-5
 
 
 def test_a_pipeline_runs_an_engine_of_the_identical_model_to_the_same_video(
