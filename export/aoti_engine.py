@@ -114,12 +114,12 @@ def _version_notes(written_by: str) -> tuple[str, ...]:
 
 
 def _load(path: Path) -> Any:
-    from torch._inductor.package import load_package
+    from torch._inductor import aoti_load_package
 
     try:
         # quiet: torch remarks on a file name that does not end in .pt2.
         with quiet_torch():
-            return load_package(str(path)).loader
+            return aoti_load_package(str(path)).loader
     except Exception as error:
         raise EngineError(
             f"torch {torch.__version__} cannot load the package '{path}' ({first_line(error)}); {_REMEDY}"

@@ -89,4 +89,5 @@ def _array(x: Any) -> np.ndarray[Any, Any]:
         return np.asarray(x)
     x = x.detach().cpu().resolve_conj().resolve_neg()
     # numpy has no bfloat16; float32 holds it exactly.
-    return x.float().numpy() if x.dtype == torch.bfloat16 else x.numpy()
+    array: np.ndarray[Any, Any] = (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+    return array

@@ -8,6 +8,7 @@ from typing import Any
 
 import onnx_ir as ir
 import torch
+import torch.utils.dlpack
 from torch import Tensor
 
 from t3compile.errors import EngineError, MissingExtraError, MissingKernelError, first_line
@@ -112,7 +113,9 @@ class OnnxEngine:
         }
         outputs = self._session.run_with_ort_values(None, values)
         return [
-            torch.from_dlpack(output).cpu() if output.data_type() == _BFLOAT16 else torch.from_numpy(output.numpy())
+            torch.utils.dlpack.from_dlpack(output).cpu()
+            if output.data_type() == _BFLOAT16
+            else torch.from_numpy(output.numpy())
             for output in outputs
         ]
 

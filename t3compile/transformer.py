@@ -187,8 +187,9 @@ def _placement(transformer: nn.Module) -> tuple[torch.device, torch.dtype]:
     first = next((parameter for parameter in transformer.parameters() if parameter.is_floating_point()), None)
     dtype = getattr(transformer, "dtype", None if first is None else first.dtype)
     device = getattr(transformer, "device", None if first is None else first.device)
-    is_placed = isinstance(device, torch.device) and device.type != "meta"
-    return device if is_placed else torch.device("cpu"), dtype if isinstance(dtype, torch.dtype) else torch.float32
+    if not isinstance(device, torch.device) or device.type == "meta":
+        device = torch.device("cpu")
+    return device, dtype if isinstance(dtype, torch.dtype) else torch.float32
 
 
 def _find_output_class(transformer: nn.Module) -> Callable[..., Any] | None:

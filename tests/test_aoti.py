@@ -231,7 +231,7 @@ def test_compiled_code_runs_only_when_asked(line: _Line, tmp_path: Path, monkeyp
     def fail(*_: Any, **__: Any) -> None:
         pytest.fail("torch was given the package")
 
-    monkeypatch.setattr("torch._inductor.package.load_package", fail)
+    monkeypatch.setattr("torch._inductor.aoti_load_package", fail)
     for runtime in ("auto", "aoti"):
         with pytest.raises(EngineError, match=r"compiled code that runs when it is loaded.*--trust-code"):
             t3compile.load_engine(line.path, runtime)
@@ -276,7 +276,7 @@ def _with_metadata(**changes: Any) -> Callable[[str, bytes], bytes]:
 def test_a_package_for_another_processor_is_refused_before_it_is_loaded(
     line: _Line, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("torch._inductor.package.load_package", lambda *_: pytest.fail("torch was given the package"))
+    monkeypatch.setattr("torch._inductor.aoti_load_package", lambda *_: pytest.fail("torch was given the package"))
     path = _changed(line, tmp_path / "x.pt2", _with_metadata(processor=["s390x", "avx1024"]))
     with pytest.raises(EngineError, match="was compiled for a processor with avx1024, s390x, which this one does not"):
         AotiEngine(path, trust_code=True)

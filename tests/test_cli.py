@@ -276,7 +276,10 @@ def test_bad_models_are_named(tmp_path: Path, line: Line) -> None:
     _refused(_invoke("inspect", tmp_path / "foreign"), "is not a model file of a known kind")
     _refused(_invoke("inspect", line.folder / "windows.onnx"), "is an ONNX model")
     _refused(_invoke("inspect", line.folder / "windows.pt2", *SIZE), "cannot be applied")
-    _refused(_invoke("run", tmp_path / "foreign", "--inputs", line.folder / "inputs.npz"), "is not a file of a kind that can be run")
+    _refused(
+        _invoke("run", tmp_path / "foreign", "--inputs", line.folder / "inputs.npz"),
+        "is not a file of a kind that can be run",
+    )
 
 
 def test_bad_sizes_and_missing_weights_are_named(folder: Path, source: tuple[str, ...], tmp_path: Path) -> None:
