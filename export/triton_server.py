@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -32,6 +33,7 @@ _KINDS: dict[Device, InstanceKind] = {"auto": "KIND_AUTO", "cpu": "KIND_CPU", "g
 # Types of a TensorRT engine's inputs and outputs that the server's backend knows.
 _TENSORRT_TYPES = ("float32", "float16", "bfloat16", "int8", "uint8", "int32", "int64", "bool")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
+_BUILT_FOR = {"tensorrt_version": "TensorRT", "compute_capability": "compute capability"}
 _PRECISION_MODES = {ir.DataType.FLOAT16: "FP16", ir.DataType.BFLOAT16: "BF16"}
 
 
@@ -179,7 +181,14 @@ def _onnx_tensor(value: ir.Value, side: str) -> ServedTensor:
         raise ExportError(f"{side} '{value.name}' has no shape in the ONNX file, and the server needs its rank")
     dims = tuple(dim if isinstance(dim, int) else -1 for dim in value.shape)
     # The backend gives a tensor of one element to a scalar input, and a configuration must have dims.
-    return _served(str(value.name), side, ir.DataType(value.type.dtype).numpy().name, dims or (1,))
+    return _served(str(value.name), side, _dtype_name(value.type.dtype), dims or (1,))
+
+
+def _dtype_name(dtype: ir.DataType) -> str:
+    """numpy's name; ONNX's own for strings and for what has no type."""
+    if dtype in (ir.DataType.STRING, ir.DataType.UNDEFINED):
+        return dtype.name.lower()
+    return dtype.numpy().name
 
 
 def _served(name: str, side: str, dtype: str, dims: tuple[int, ...]) -> ServedTensor:
@@ -196,26 +205,43 @@ def _served(name: str, side: str, dtype: str, dims: tuple[int, ...]) -> ServedTe
 
 def _read_tensorrt_engine(path: Path) -> _Source:
     manifest_path = path.with_name(path.name + MANIFEST_SUFFIX)
+    manifest = _read_manifest(path, manifest_path)
+    if manifest.get("stripped"):
+        raise ExportError(
+            f"'{path}' has no weights (--strip-weights), and the server cannot put them in: build the engine with them"
+        )
+    bytes_there, bytes_told = path.stat().st_size, manifest.get("engine_bytes")
+    if bytes_told is not None and bytes_told != bytes_there:
+        raise EngineError(
+            f"'{path}' has {bytes_there} bytes and its manifest describes an engine of {bytes_told}: copy both again"
+        )
+    notes = []
+    built = [f"{what} {manifest[key]}" for key, what in _BUILT_FOR.items() if manifest.get(key)]
+    if built:
+        notes.append(f"built for {' and '.join(built)}: the server needs the same")
+    if manifest.get("weight_streaming"):
+        notes.append("weight streaming is off in the server, whose backend sets no budget: all weights stay on the GPU")
+    files = ((path.resolve(), PLAN_FILE), (manifest_path.resolve(), PLAN_FILE + MANIFEST_SUFFIX))
+    inputs, outputs = (_manifest_tensors(manifest, side, manifest_path) for side in ("inputs", "outputs"))
+    return _Source(inputs, outputs, files, tuple(notes))
+
+
+def _read_manifest(engine: Path, path: Path) -> dict[str, Any]:
     try:
-        manifest = json.loads(manifest_path.read_text(encoding="utf-8"))
+        manifest = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise EngineError(
-            f"the TensorRT engine '{path}' has no manifest '{manifest_path.name}' beside it, which names its inputs "
-            "and outputs: build it with 't3compile build-engine', or copy both files"
+            f"the TensorRT engine '{engine}' has no manifest '{path.name}' beside it, which names its inputs and "
+            "outputs: build it with 't3compile build-engine', or copy both files"
         ) from None
     except (OSError, ValueError) as error:
-        raise EngineError(f"cannot read the manifest '{manifest_path}' as JSON ({error}); copy it again") from None
-    sides = [_manifest_tensors(manifest, side, manifest_path) for side in ("inputs", "outputs")]
-    built = [f"{key.replace('_', ' ')} {manifest[key]}" for key in _BUILT_FOR if manifest.get(key)]
-    notes = (f"built for {' and '.join(built)}: the server needs the same",) if built else ()
-    files = ((path.resolve(), PLAN_FILE), (manifest_path.resolve(), PLAN_FILE + MANIFEST_SUFFIX))
-    return _Source(sides[0], sides[1], files, notes)
+        raise EngineError(f"cannot read the manifest '{path}' as JSON ({error}); copy it again") from None
+    if not isinstance(manifest, dict):
+        raise EngineError(f"the manifest '{path}' is not a JSON object; copy it again")
+    return manifest
 
 
-_BUILT_FOR = ("tensorrt_version", "compute_capability")
-
-
-def _manifest_tensors(manifest: Any, side: str, path: Path) -> tuple[ServedTensor, ...]:
+def _manifest_tensors(manifest: Mapping[str, Any], side: str, path: Path) -> tuple[ServedTensor, ...]:
     try:
         rows = [(str(row["name"]), tuple(map(int, row["shape"])), str(row["dtype"])) for row in manifest[side]]
     except (KeyError, TypeError, ValueError):

@@ -231,12 +231,16 @@ def engine(tmp_path: Path) -> Path:
 
 def _write_manifest(engine: Path, **changes: Any) -> None:
     manifest = {
+        "format": 1,
         "tensorrt_version": VERSION,
         "compute_capability": CAPABILITY,
+        "engine_bytes": engine.stat().st_size,
+        "stripped": False,
         "plan": {"sites": [{"é": None}]},
         **TENSORS,
+        **changes,
     }
-    text = json.dumps({key: value for key, value in {**manifest, **changes}.items() if value is not None})
+    text = json.dumps({key: value for key, value in manifest.items() if value is not None})
     engine.with_name(engine.name + ".manifest.json").write_text(text)
 
 
@@ -278,9 +282,18 @@ def test_inputs_go_in_and_outputs_come_out_by_name(program: Path, engine: Path) 
 
 
 @needs_compiler
+def test_a_version_of_three_numbers_is_enough(program: Path, engine: Path) -> None:
+    _write_manifest(engine, tensorrt_version="10.13.3")
+    assert _run(program, engine).returncode == 0
+    _write_manifest(engine, tensorrt_version="10.13.30")
+    assert "TensorRT 10.13.30 and this is TensorRT 10.13.3.9" in _refusal(program, engine)
+
+
+@needs_compiler
 def test_an_engine_built_elsewhere_is_refused_with_both_values(program: Path, engine: Path) -> None:
     refusal = _refusal(program, engine, tensorrt="10.16.1.2")
     assert "TensorRT 10.13.3.9 and this is TensorRT 10.16.1.2" in refusal
+    assert "this is TensorRT 10.13.3.90" in _refusal(program, engine, tensorrt="10.13.3.90")
     refusal = _refusal(program, engine, capability="12.0")
     assert "compute capability 9.0 and this GPU has 12.0" in refusal
     assert "no CUDA-capable device" in _refusal(program, engine, capability=None)
@@ -291,6 +304,10 @@ def test_an_engine_built_elsewhere_is_refused_with_both_values(program: Path, en
     ("changes", "reason"),
     [
         ({"inputs": None}, "the manifest has no 'inputs'"),
+        ({"format": 2}, "the manifest has format 2, this program reads 1"),
+        ({"stripped": True}, "the engine has no weights"),
+        ({"stripped": "no"}, "'stripped' of the manifest is neither true nor false"),
+        ({"engine_bytes": 7}, f"has {len(PLAN)} bytes and its manifest describes 7"),
         ({"tensorrt_version": 10}, "'tensorrt_version' of the manifest is not a string"),
         ({"outputs": [{**TENSORS["outputs"][0], "shape": [4, -3]}]}, "'output_0' has dimension -3"),
         ({"outputs": [{**TENSORS["outputs"][0], "shape": [2**62, 2**62]}]}, "larger than memory"),
@@ -349,6 +366,7 @@ def test_arguments_that_do_not_fit_are_refused(
 @needs_compiler
 def test_files_that_are_no_engine_are_refused(program: Path, engine: Path) -> None:
     engine.write_text("damaged\n")
+    _write_manifest(engine)
     done = _run(program, engine)
     assert done.returncode == 2
     assert done.stderr.splitlines() == [
@@ -356,6 +374,7 @@ def test_files_that_are_no_engine_are_refused(program: Path, engine: Path) -> No
         "error: TensorRT cannot load 'model.engine'; its messages are above",
     ]
     engine.write_text(PLAN.replace("input timestep", "host timestep"))
+    _write_manifest(engine)
     assert "'timestep' is a shape tensor on the host" in _refusal(program, engine)
     engine.with_name("model.engine.manifest.json").unlink()
     assert "cannot read 'model.engine.manifest.json'" in _refusal(program, engine)

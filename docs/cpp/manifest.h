@@ -45,6 +45,11 @@ struct Json {
         return items;
     }
 
+    bool boolean(const std::string& what) const {
+        if (kind != Kind::boolean) throw Error("'" + what + "' of the manifest is neither true nor false");
+        return text == "true";
+    }
+
     std::int64_t integer(const std::string& what) const {
         std::int64_t value = 0;
         const char* end = text.data() + text.size();
@@ -234,13 +239,18 @@ struct Tensor {
 struct Manifest {
     std::string tensorrt_version;    // "10.13.3.9"
     std::string compute_capability;  // "9.0"
+    std::uint64_t engine_bytes = 0;
+    bool stripped = false;  // the weights must be put in from the ONNX file first
     std::vector<Tensor> inputs;
     std::vector<Tensor> outputs;
 };
 
+constexpr std::int64_t known_format = 1;
+
 inline std::size_t element_bytes(const std::string& dtype) {
-    static const std::map<std::string, std::size_t> known = {
-        {"float32", 4}, {"float16", 2}, {"bfloat16", 2}, {"int64", 8}, {"int32", 4}, {"int8", 1}, {"uint8", 1}, {"bool", 1}};
+    static const std::map<std::string, std::size_t> known = {{"float32", 4}, {"float16", 2}, {"bfloat16", 2},
+                                                             {"int64", 8},   {"int32", 4},   {"int8", 1},
+                                                             {"uint8", 1},   {"bool", 1}};
     const auto found = known.find(dtype);
     if (found == known.end()) throw Error("dtype '" + dtype + "' is unknown");
     return found->second;
@@ -261,7 +271,8 @@ inline std::vector<Tensor> read_tensors(const Json& json, const std::string& sid
         tensor.bytes = element_bytes(tensor.dtype);
         for (const Json& item : row.at("shape").array("shape")) {
             const std::int64_t dim = item.integer("shape");
-            if (dim < 1) throw Error("'" + tensor.name + "' has dimension " + std::to_string(dim) + ", expected 1 or more");
+            if (dim < 1)
+                throw Error("'" + tensor.name + "' has dimension " + std::to_string(dim) + ", expected 1 or more");
             if (tensor.bytes > std::numeric_limits<std::size_t>::max() / static_cast<std::size_t>(dim))
                 throw Error("'" + tensor.name + "' is larger than memory can be");
             tensor.bytes *= static_cast<std::size_t>(dim);
@@ -274,9 +285,18 @@ inline std::vector<Tensor> read_tensors(const Json& json, const std::string& sid
 
 inline Manifest parse_manifest(const std::string& text) {
     const Json json = JsonReader::read(text);
-    return {json.at("tensorrt_version").string("tensorrt_version"),
-            json.at("compute_capability").string("compute_capability"), read_tensors(json, "inputs"),
-            read_tensors(json, "outputs")};
+    const std::int64_t format = json.at("format").integer("format");
+    if (format != known_format)
+        throw Error("the manifest has format " + std::to_string(format) + ", this program reads " +
+                    std::to_string(known_format) + ": build both anew from one version of t3compile");
+    Manifest manifest;
+    manifest.tensorrt_version = json.at("tensorrt_version").string("tensorrt_version");
+    manifest.compute_capability = json.at("compute_capability").string("compute_capability");
+    manifest.engine_bytes = static_cast<std::uint64_t>(json.at("engine_bytes").integer("engine_bytes"));
+    manifest.stripped = json.at("stripped").boolean("stripped");
+    manifest.inputs = read_tensors(json, "inputs");
+    manifest.outputs = read_tensors(json, "outputs");
+    return manifest;
 }
 
 inline std::vector<char> read_file(const std::string& path) {
@@ -294,11 +314,12 @@ inline Manifest read_manifest(const std::string& path) {
     return parse_manifest(std::string(bytes.begin(), bytes.end()));
 }
 
-// An engine runs with the TensorRT and on the kind of GPU that it was built with, and nowhere else.
+// An engine runs with the TensorRT and on the kind of GPU that it was built with, and nowhere else. `version` has four
+// numbers; the manifest's may have fewer.
 inline void check_tensorrt(const Manifest& manifest, const std::string& version) {
-    if (manifest.tensorrt_version != version)
-        throw Error("the engine was built by TensorRT " + manifest.tensorrt_version + " and this is TensorRT " + version +
-                    ": build it again, or install that version");
+    if ((version + ".").rfind(manifest.tensorrt_version + ".", 0) != 0)
+        throw Error("the engine was built by TensorRT " + manifest.tensorrt_version + " and this is TensorRT " +
+                    version + ": build it again, or install that version");
 }
 
 inline void check_capability(const Manifest& manifest, const std::string& capability) {

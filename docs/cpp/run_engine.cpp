@@ -92,8 +92,9 @@ void check_tensor(const nvinfer1::ICudaEngine& engine, const Tensor& tensor, nvi
     const std::vector<std::int64_t> shape(dims.d, dims.d + std::max(dims.nbDims, 0));
     const std::string dtype = dtype_name(engine.getTensorDataType(name));
     if (shape != tensor.shape || dtype != tensor.dtype)
-        throw Error("'" + tensor.name + "' is " + dtype + " " + shape_text(shape) + " in the engine and " + tensor.dtype +
-                    " " + shape_text(tensor.shape) + " in the manifest: the two files do not belong together");
+        throw Error("'" + tensor.name + "' is " + dtype + " " + shape_text(shape) + " in the engine and " +
+                    tensor.dtype + " " + shape_text(tensor.shape) +
+                    " in the manifest: the two files do not belong together");
     if (engine.getTensorLocation(name) != nvinfer1::TensorLocation::kDEVICE)
         throw Error("'" + tensor.name + "' is a shape tensor on the host, which this program does not bind");
 }
@@ -174,6 +175,8 @@ std::vector<float> run_timed(nvinfer1::IExecutionContext& context, int repeat) {
 
 void run(const Arguments& arguments) {
     const Manifest manifest = t3compile::read_manifest(arguments.engine + ".manifest.json");
+    if (manifest.stripped)
+        throw Error("the engine has no weights (--strip-weights): this program cannot put them in; build it with them");
     const std::vector<std::vector<char>> inputs = read_inputs(manifest, arguments);
     t3compile::check_tensorrt(manifest, library_version());
     t3compile::check_capability(manifest, device_capability());
@@ -184,6 +187,10 @@ void run(const Arguments& arguments) {
     std::unique_ptr<nvinfer1::ICudaEngine> engine;
     {
         const std::vector<char> plan = t3compile::read_file(arguments.engine);
+        if (plan.size() != manifest.engine_bytes)
+            throw Error("'" + arguments.engine + "' has " + std::to_string(plan.size()) +
+                        " bytes and its manifest describes " + std::to_string(manifest.engine_bytes) +
+                        ": copy both files again");
         engine.reset(runtime->deserializeCudaEngine(plan.data(), plan.size()));
     }
     if (!engine) throw Error("TensorRT cannot load '" + arguments.engine + "'; its messages are above");
@@ -204,7 +211,8 @@ void run(const Arguments& arguments) {
     };
     for (std::size_t i = 0; i < inputs.size(); ++i) {
         bind(manifest.inputs[i]);
-        check(cudaMemcpy(buffers[i]->data(), inputs[i].data(), inputs[i].size(), cudaMemcpyHostToDevice), "copying an input");
+        check(cudaMemcpy(buffers[i]->data(), inputs[i].data(), inputs[i].size(), cudaMemcpyHostToDevice),
+              "copying an input");
     }
     for (const Tensor& tensor : manifest.outputs) bind(tensor);
 
