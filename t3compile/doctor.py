@@ -235,7 +235,7 @@ def _onnxruntime(answer: Mapping[str, Any], nvml: Mapping[str, Any]) -> list[Fin
 
 def _provider(name: str, providers: list[str], nvml: Mapping[str, Any]) -> Finding:
     what = f"onnxruntime on {'TensorRT' if name == 'Tensorrt' else name}"
-    needed = "" if name == "CPU" else "run MODEL.onnx on a GPU"
+    needed = "run MODEL.onnx" if name == "CPU" else "run MODEL.onnx on a GPU"
     if f"{name}ExecutionProvider" not in providers:
         remedy = _INSTALL_CPU if name == "CPU" else _INSTALL_GPU
         return Finding(what, "no", detail="not in this build", needed_for=needed, remedy=remedy)
