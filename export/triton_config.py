@@ -73,10 +73,9 @@ class ServerConfig:
             ("instance_group", group),
         ]
         if self.accelerator:
-            asked: Message = [
-                ("name", self.accelerator),
-                *(("parameters", [("key", key), ("value", value)]) for key, value in self.accelerator_parameters),
-            ]
+            asked: Message = [("name", self.accelerator)]
+            for key, value in self.accelerator_parameters:
+                asked.append(("parameters", [("key", key), ("value", value)]))
             gpu: Message = [("gpu_execution_accelerator", asked)]
             fields.append(("optimization", [("execution_accelerators", gpu)]))
         for key, value in self.parameters:
