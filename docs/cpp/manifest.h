@@ -324,8 +324,8 @@ inline void check_tensorrt(const Manifest& manifest, const std::string& version)
 
 inline void check_capability(const Manifest& manifest, const std::string& capability) {
     if (manifest.compute_capability != capability)
-        throw Error("the engine was built for compute capability " + manifest.compute_capability + " and this GPU has " +
-                    capability + ": build it again on a GPU like this one");
+        throw Error("the engine was built for compute capability " + manifest.compute_capability +
+                    " and this GPU has " + capability + ": build it again on a GPU like this one");
 }
 
 // A raw little-endian file that must hold exactly this tensor.

@@ -2,15 +2,15 @@
 //
 //     run_engine model.engine hidden_states=hidden_states.bin timestep=timestep.bin ... [--output FOLDER] [--repeat N]
 //
-// Inputs are raw little-endian files of the manifest's dtypes (NumPy: array.tofile); outputs are written the same way as
-// FOLDER/NAME.bin. The engine's manifest lies beside it as model.engine.manifest.json. No plugin library is needed: the
-// window attention plugin is compiled ahead of time into the engine. Build it with
+// Inputs are raw little-endian files of the manifest's dtypes (NumPy: array.tofile); outputs are written the same way,
+// as FOLDER/NAME.bin. The engine's manifest lies beside it as model.engine.manifest.json. No plugin library is needed,
+// as is reported of plugins compiled ahead of time, which are part of the engine. Build it with
 //
 //     g++ -std=c++17 -O2 run_engine.cpp -I$TENSORRT/include -I$CUDA/include -L$TENSORRT/lib -L$CUDA/lib64
 //         -lnvinfer -lcudart -o run_engine
 //
-// or with the CMakeLists.txt beside it. This project compiles this file against TensorRT's headers and has not run it on
-// a GPU.
+// or with the CMakeLists.txt beside it. This file was compiled against the headers of TensorRT 10.13, 10.16 and 11.1; it
+// was not run with TensorRT on a GPU, and that no plugin library is needed was not tried.
 #include <NvInferRuntime.h>
 #include <cuda_runtime_api.h>
 
@@ -196,8 +196,8 @@ void run(const Arguments& arguments) {
     if (!engine) throw Error("TensorRT cannot load '" + arguments.engine + "'; its messages are above");
     const std::size_t known = manifest.inputs.size() + manifest.outputs.size();
     if (static_cast<std::size_t>(engine->getNbIOTensors()) != known)
-        throw Error("the engine has " + std::to_string(engine->getNbIOTensors()) + " inputs and outputs, the manifest " +
-                    std::to_string(known) + ": the two files do not belong together");
+        throw Error("the engine has " + std::to_string(engine->getNbIOTensors()) +
+                    " inputs and outputs, the manifest " + std::to_string(known) + ": the two files do not belong together");
     for (const Tensor& tensor : manifest.inputs) check_tensor(*engine, tensor, nvinfer1::TensorIOMode::kINPUT);
     for (const Tensor& tensor : manifest.outputs) check_tensor(*engine, tensor, nvinfer1::TensorIOMode::kOUTPUT);
     const std::unique_ptr<nvinfer1::IExecutionContext> context(engine->createExecutionContext());

@@ -1,5 +1,5 @@
 // The part of TensorRT's runtime that docs/cpp/run_engine.cpp uses. An engine is a text of lines
-// "input|output|host NAME TYPE DIM...", TYPE by its number; running it fills output i with the bytes of input i reversed.
+// "input|output|host NAME TYPE DIM...", TYPE by its number; running it fills output i with input i's bytes, reversed.
 #pragma once
 
 #include <cstdint>
