@@ -9,6 +9,7 @@ if TYPE_CHECKING:
     from t3compile.capturing import capture
     from t3compile.cost import plan_cost
     from t3compile.errors import T3CompileError
+    from t3compile.export.triton_server import deploy_triton_server
     from t3compile.geometry import Splits, TokenGrid
     from t3compile.inputs import VideoSize
     from t3compile.pattern import Schedule, WindowPattern
@@ -35,6 +36,7 @@ _HOMES = {
     "VideoSize": "inputs",
     "WindowPattern": "pattern",
     "capture": "capturing",
+    "deploy_triton_server": "export.triton_server",
     "detect": "pipeline",
     "export_onnx": "pipeline",
     "load_engine": "pipeline",
@@ -60,6 +62,7 @@ __all__ = [
     "VideoSize",
     "WindowPattern",
     "capture",
+    "deploy_triton_server",
     "detect",
     "export_onnx",
     "load_engine",
