@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from t3compile.capturing import capture
     from t3compile.cost import plan_cost
     from t3compile.errors import T3CompileError
+    from t3compile.export.triton_server import deploy_triton_server
     from t3compile.geometry import Splits, TokenGrid
     from t3compile.inputs import VideoSize
     from t3compile.pattern import Schedule, WindowPattern
@@ -38,6 +39,7 @@ _HOMES = {
     "WindowPattern": "pattern",
     "as_transformer": "transformer",
     "capture": "capturing",
+    "deploy_triton_server": "export.triton_server",
     "detect": "pipeline",
     "export_aoti": "aoti",
     "export_onnx": "pipeline",
@@ -65,6 +67,7 @@ __all__ = [
     "WindowPattern",
     "as_transformer",
     "capture",
+    "deploy_triton_server",
     "detect",
     "export_aoti",
     "export_onnx",

@@ -15,10 +15,10 @@ from t3compile.files import check_writable
 from t3compile.geometry import GridHint, Splits, TokenGrid
 from t3compile.inputs import named_inputs, substitute_inputs
 from t3compile.loading import load_program as load_as_spelled
+from t3compile.macs import graph_macs
 from t3compile.ops import WINDOW_ATTENTION
 from t3compile.passes.broadcast_masks import BroadcastMasks
 from t3compile.passes.canonicalization import canonicalize
-from t3compile.passes.count_model import graph_macs
 from t3compile.passes.expand_attention import ExpandAttention
 from t3compile.passes.find_attention import find_attention
 from t3compile.passes.fold_constants import FoldConstants

@@ -7,13 +7,16 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from t3compile.cost import Cost
 from t3compile.geometry import FRAME_MAJOR, TokenGrid
 from t3compile.plan import Plan
-from t3compile.probing import ProbeReport
 from t3compile.sites import AttentionSite, SiteSurvey
-from t3compile.verification import VerifyReport
+
+if TYPE_CHECKING:  # both import torch, and `doctor` must report where torch cannot be imported
+    from t3compile.probing import ProbeReport
+    from t3compile.verification import VerifyReport
 
 T3_WARNING = (
     "T3 changes the function: without T3-trained weights or fine-tuning the video is noise. Published weights: "

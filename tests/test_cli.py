@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import click
 import numpy as np
 import pytest
 from click.testing import CliRunner, Result
@@ -19,7 +20,7 @@ from click.testing import CliRunner, Result
 from t3compile.cli import main
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("inspect", "plan", "cost", "rewrite", "verify", "export", "run")
+COMMANDS = ("inspect", "plan", "cost", "rewrite", "verify", "export", "run", "deploy", "doctor")
 CONFIG = {
     "_class_name": "WanTransformer3DModel",
     "patch_size": [1, 2, 2],
@@ -393,7 +394,10 @@ def test_help_works(command: str, flag: str) -> None:
 
 def test_every_command_is_listed_and_each_result_has_json() -> None:
     assert set(main.commands) == set(COMMANDS)
-    for command in main.commands.values():
+    groups = [group for group in main.commands.values() if isinstance(group, click.Group)]
+    assert all(group.help for group in groups)
+    leaves = {**main.commands, **{name: one for group in groups for name, one in group.commands.items()}}
+    for command in (one for one in leaves.values() if one not in groups):
         assert "as_json" in {parameter.name for parameter in command.params}
         assert command.help
 

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import click
 
+from t3compile.cli.deploy_commands import deploy
+from t3compile.cli.doctor_command import doctor
 from t3compile.cli.export_commands import export, run
 from t3compile.cli.model_commands import cost, inspect, plan, rewrite, verify
 
@@ -20,5 +22,5 @@ def main() -> None:
     """
 
 
-for _command in (inspect, plan, cost, rewrite, verify, export, run):
+for _command in (inspect, plan, cost, rewrite, verify, export, run, deploy, doctor):
     main.add_command(_command)
