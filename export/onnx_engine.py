@@ -139,7 +139,7 @@ def check_onnx_file(path: Path) -> None:
     if not model.graph.outputs:
         raise EngineError(f"'{path}' is not an ONNX model: it has no outputs; {_REMEDY}")
     folder = path.resolve().parent
-    for tensor in _external_tensors(model):
+    for tensor in external_tensors(model):
         location = Path(str(tensor.location))
         target = (folder / location).resolve()
         if location.is_absolute() or folder not in target.parents:
@@ -150,7 +150,7 @@ def check_onnx_file(path: Path) -> None:
             raise EngineError(f"'{path}' needs its external data '{location}', which is not beside it: copy both files")
 
 
-def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
+def external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
     roots: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
     for root in roots:
         tensors = _initializers(root) if isinstance(root, ir.Graph) else []

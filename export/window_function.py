@@ -172,7 +172,7 @@ def build_function(key: FunctionKey) -> ir.Function:
     model = export_graph(trace(WindowAttention(key.args), inputs).exported)
     graph = model.graph
     _REWRITE_FORM[key.form](graph)
-    _constants_into_nodes(graph)
+    constants_into_nodes(graph)
     function = ir.Function(DOMAIN, key.name, graph=graph, attributes=[])
     function.metadata_props[CONFIGURATION_PROPERTY] = key.dumps()
     for node in function:
@@ -180,7 +180,15 @@ def build_function(key: FunctionKey) -> ir.Function:
     return function
 
 
-def _constants_into_nodes(graph: ir.Graph) -> None:
+def attention_into_products(graph: ir.Graph) -> None:
+    """Replace every opset-23 Attention node of a graph by MatMul-Softmax-MatMul.
+
+    The nodes must be of the exporter's plain kind: no causal mask, soft cap, key-value cache or shared heads.
+    """
+    _to_matmul(graph)
+
+
+def constants_into_nodes(graph: ir.Graph) -> None:
     """Functions have no initializers: each becomes a Constant node in front of the body."""
     constants = []
     for name, value in list(graph.initializers.items()):
@@ -341,6 +349,8 @@ def _replace(graph: ir.Graph, old: ir.Node, new: list[ir.Node]) -> None:
     """Put the nodes in the place of `old`; the last one's output replaces its output."""
     source, target = old.outputs[0], new[-1].outputs[0]
     target.shape, target.type = source.shape, source.type
+    for index, node in enumerate(new):
+        node.name = f"{old.name}/{index}"
     graph.insert_before(old, new)
     ir.convenience.replace_all_uses_with(source, target)
     graph.remove(old, safe=True)

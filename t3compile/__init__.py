@@ -6,6 +6,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from t3compile.building import build_engine
     from t3compile.capturing import capture
     from t3compile.cost import plan_cost
     from t3compile.errors import T3CompileError
@@ -34,6 +35,7 @@ _HOMES = {
     "VerifyReport": "verification",
     "VideoSize": "inputs",
     "WindowPattern": "pattern",
+    "build_engine": "building",
     "capture": "capturing",
     "detect": "pipeline",
     "export_onnx": "pipeline",
@@ -59,6 +61,7 @@ __all__ = [
     "VerifyReport",
     "VideoSize",
     "WindowPattern",
+    "build_engine",
     "capture",
     "detect",
     "export_onnx",

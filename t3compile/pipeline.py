@@ -291,7 +291,7 @@ def export_onnx(
     program: Program,
     path: str | Path,
     *,
-    precision: Literal["float32", "float16"] | None = None,
+    precision: Literal["float32", "float16", "bfloat16"] | None = None,
     form: Literal["attention", "matmul", "onnxruntime"] = "attention",
     inline: bool = False,
     check: bool | None = None,
@@ -312,7 +312,7 @@ def export_onnx_report(
     program: Program,
     path: str | Path,
     *,
-    precision: Literal["float32", "float16"] | None = None,
+    precision: Literal["float32", "float16", "bfloat16"] | None = None,
     form: Literal["attention", "matmul", "onnxruntime"] = "attention",
     inline: bool = False,
     check: bool | None = None,
@@ -320,17 +320,17 @@ def export_onnx_report(
 ) -> OnnxReport:
     """Legalize, write and check an ONNX file; the program may be rewritten or not.
 
-    ``precision`` "float16" stores matrix weights and runs matrix products in half; inputs and outputs keep their
-    dtypes. ``form`` spells attention inside the functions: opset-23 Attention, MatMul-Softmax, or onnxruntime's own
-    MultiHeadAttention. ``inline`` writes function bodies in place. ``check`` compares with torch in onnxruntime;
-    None does so unless the model is too large to run here in a minute.
+    ``precision`` "float16" or "bfloat16" stores matrix weights and runs matrix products in that; norms, RoPE, inputs
+    and outputs keep their dtypes. ``form`` spells attention inside the functions: opset-23 Attention, MatMul-Softmax,
+    or onnxruntime's own MultiHeadAttention. ``inline`` writes function bodies in place. ``check`` compares with torch
+    in onnxruntime; None does so unless the model is too large to run here in a minute.
     """
     from t3compile.export.write_onnx import write_onnx
 
     path = Path(path)
     check_writable(path)
-    if precision == "float16":
-        program = MixPrecision("float16")(program).program
+    if precision in ("float16", "bfloat16"):
+        program = MixPrecision(precision)(program).program
     elif precision == "float32":
         _require_float32(program)
     legal = program

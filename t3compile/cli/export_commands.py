@@ -18,7 +18,7 @@ from t3compile.cli.steps import load_model
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The .onnx to write.")
 @click.option(
     "--precision",
-    type=click.Choice(["float32", "float16"]),
+    type=click.Choice(["float32", "float16", "bfloat16"]),
     help="Dtype of weights and matrix products; default: as traced.",
 )
 @click.option(

@@ -111,7 +111,7 @@ def _recognize_file(path: Path) -> Kind:
         raise ModelFileError(
             f"'{path}' is a TensorRT engine, which cannot be rewritten; give the model that it was built from"
         )
-    if head[0] == 0x08 and len(head) > 2 and 1 <= head[1] <= 32 and head[2] in _ONNX_SECOND_KEYS:
+    if looks_like_onnx(head):
         raise ModelFileError(f"'{path}' is an ONNX model, which can only be run; use 't3compile run'")
     raise ModelFileError(f"'{path}' is not a model file of a known kind; MODEL is {MODEL_KINDS}")
 
@@ -139,6 +139,11 @@ def _recognize_zip(path: Path) -> Kind:
     if names and all(name.endswith(".npy") for name in names):
         raise ModelFileError(f"'{path}' is a NumPy archive of arrays; give it with --inputs, not as MODEL")
     raise ModelFileError(f"'{path}' is a zip archive that holds no model; MODEL is {MODEL_KINDS}")
+
+
+def looks_like_onnx(head: bytes) -> bool:
+    """Whether a file's first bytes are those of an ONNX ModelProto: ir_version, and a field that follows it."""
+    return len(head) > 2 and head[0] == 0x08 and 1 <= head[1] <= 32 and head[2] in _ONNX_SECOND_KEYS
 
 
 def is_safetensors(path: Path) -> bool:
