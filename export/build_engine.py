@@ -8,11 +8,11 @@ from __future__ import annotations
 
 import json
 import os
+import tempfile
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from types import ModuleType
 from typing import Any, Literal
 
@@ -36,7 +36,9 @@ from t3compile.export.engine_manifest import (
 )
 from t3compile.export.onnx_engine import check_onnx_file
 from t3compile.export.onnx_precision import Precision, check_precision
+from t3compile.export.spell_operators import spell_operators
 from t3compile.export.tensorrt_api import TensorRT, load_tensorrt_and_device
+from t3compile.export.tensorrt_network import check_operators, parser_knows
 from t3compile.export.tensorrt_session import TensorRTSession
 from t3compile.export.timing_cache import read_timing_cache
 from t3compile.files import check_writable, staged_outputs
@@ -90,18 +92,18 @@ def build_engine(
     found = check_precision(model, onnx, precision)
     attempts, notes = _attempts(tensorrt.module, model, attention)
     with staged_outputs(path) as stage, ExitStack() as stack:
+        sources = [_place(attempt, onnx, path, stack) for attempt in _spelled(tensorrt, attempts, notes)]
+        # Not in the stage: what is left there becomes an output.
+        folder = tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".work", dir=path.parent)
+        work = Path(stack.enter_context(folder))
         built: list[Built] = []
-        for attempt in attempts:
-            # Not in the stage: what is left there becomes an output.
-            work = Path(
-                stack.enter_context(TemporaryDirectory(prefix=f".{path.name}.", suffix=".work", dir=path.parent))
-            )
-            source = _link_model(attempt.model, onnx, work)
+        for attempt, source in zip(attempts, sources, strict=True):
             progress(f"building {attempt.lowering} attention")
+            engine = work / attempt.lowering
             try:
-                one = build_network(tensorrt, device, source, work / "engine", attempt.nodes, settings, progress)
+                one = build_network(tensorrt, device, source, engine, attempt.nodes, settings, progress)
             except T3CompileError as error:
-                if attention != "auto" or attempt is attempts[-1]:
+                if attempt is attempts[-1] and not built:
                     raise
                 notes.append(f"{attempt.lowering} attention was given up: {error}")
                 continue
@@ -148,6 +150,8 @@ class _Attempt:
     sites: tuple[SiteLowering, ...]
     # PluginLayers; their kernels are compiled while TensorRT builds.
     planned: Any = None
+    # Whether the model is another than the file's.
+    changed: bool = False
 
 
 def _attempts(trt: ModuleType, model: ir.Model, attention: Attention) -> tuple[list[_Attempt], list[str]]:
@@ -193,7 +197,7 @@ def _plugin_attempt(
         else:
             lowered.append(node)
             sites.append(_native_site(node, planned.declined.get(node.function, "")))
-    return _Attempt("plugin", replaced, tuple(lowered), tuple(sites), planned), notes
+    return _Attempt("plugin", replaced, tuple(lowered), tuple(sites), planned, changed=True), notes
 
 
 def _kernels(planned: Any) -> tuple[PluginKernel, ...]:
@@ -233,18 +237,43 @@ def _by_site(
     return found
 
 
-def _link_model(model: ir.Model, onnx: Path, work: Path) -> Path:
-    """The model as a file of its own folder, where its external data is a link to the original's."""
-    for location in external_locations(model):
-        link = work / location
-        link.parent.mkdir(parents=True, exist_ok=True)
-        target = (onnx.parent / location).resolve()
-        try:
-            os.link(target, link)
-        except OSError:  # another file system, or one without hard links
-            link.symlink_to(target)
-    ir.save(model, work / onnx.name)
-    return work / onnx.name
+def _spelled(tensorrt: TensorRT, attempts: Sequence[_Attempt], notes: list[str]) -> list[_Attempt]:
+    """The attempts in operators that this version's parser knows; ExportError names those that remain."""
+    knows = parser_knows(tensorrt)
+    result = []
+    for attempt in attempts:
+        model, spelled = spell_operators(attempt.model, knows)
+        check_operators(model, knows, tensorrt.version_text)
+        note = f"TensorRT {tensorrt.version_text} does not know {', '.join(spelled)}: spelled with older operators"
+        if spelled and note not in notes:
+            notes.append(note)
+        result.append(replace(attempt, model=model, changed=attempt.changed or bool(spelled)))
+    return result
+
+
+def _place(attempt: _Attempt, onnx: Path, path: Path, stack: ExitStack) -> Path:
+    """The file to parse: the given one, or a changed model whose external data are found and not copied.
+
+    A changed model stands beside the given one for as long as the build takes; where that folder is read-only, beside
+    the engine with symbolic links to the data, which not every parser follows.
+    """
+    if not attempt.changed:
+        return onnx
+    try:
+        handle, name = tempfile.mkstemp(prefix=f".{onnx.stem}.", suffix=".onnx", dir=onnx.parent)
+    except OSError:
+        folder = tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".work", dir=path.parent)
+        placed = Path(stack.enter_context(folder)) / onnx.name
+        for location in external_locations(attempt.model):
+            link = placed.parent / location
+            link.parent.mkdir(parents=True, exist_ok=True)
+            link.symlink_to((onnx.parent / location).resolve())
+    else:
+        os.close(handle)
+        placed = Path(name)
+        stack.callback(placed.unlink, missing_ok=True)
+    ir.save(attempt.model, placed)
+    return placed
 
 
 def _fastest(

@@ -2,21 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
-
-import onnx_ir as ir
 
 from t3compile.errors import EngineError
 from t3compile.export.build_progress import BuildProgress, Phases, make_progress_monitor, run_cancellable
 from t3compile.export.cuda_device import CudaDevice
 from t3compile.export.engine_layers import AttentionNode, LayerCheck, check_layers
 from t3compile.export.engine_manifest import TensorSpec
-from t3compile.export.spell_operators import spell_operators
 from t3compile.export.tensorrt_api import Messages, TensorRT, make_logger
-from t3compile.export.tensorrt_network import check_operators, parse_network, parser_knows
+from t3compile.export.tensorrt_network import parse_network
 from t3compile.export.tensorrt_session import deserialize, read_tensors
 from t3compile.export.timing_cache import set_timing_cache, write_timing_cache
 
@@ -51,7 +48,7 @@ class BuildSettings:
 
 @dataclass(frozen=True)
 class Built:
-    """A built engine in a working folder: its file, the ONNX file it was parsed from, and what the inspector says."""
+    """A built engine: its file, the ONNX file it was parsed from, and what the inspector says."""
 
     engine: Path
     source: Path
@@ -73,7 +70,7 @@ def build_network(
     settings: BuildSettings,
     progress: BuildProgress,
 ) -> Built:
-    """Build the ONNX file ``onnx``, which may be rewritten for an older parser, into the file ``engine``.
+    """Build the ONNX file ``onnx`` into the file ``engine``.
 
     Plugins must be registered before. EngineError with TensorRT's reason where it fails.
     """
@@ -100,11 +97,10 @@ def _build(
     # The parser takes some standard operators from TensorRT's own plugins.
     trt.init_libnvinfer_plugins(logger, "")
     builder = trt.Builder(logger)
-    notes = _prepare(tensorrt, builder, onnx, logger)
     # The parser holds the weights until the engine is built.
     network, parser = parse_network(tensorrt, builder, onnx, logger, messages)
     config = builder.create_builder_config()
-    notes += _configure(tensorrt, config, settings)
+    notes = _configure(tensorrt, config, settings)
     phases = Phases(progress)
     monitor = make_progress_monitor(trt, phases)
     config.progress_monitor = monitor
@@ -119,18 +115,6 @@ def _build(
     tf32 = bool(int(config.flags) & tensorrt.flags("BuilderFlag", ("TF32",)))
     del parser
     return notes, tf32
-
-
-def _prepare(tensorrt: TensorRT, builder: Any, onnx: Path, logger: Any) -> list[str]:
-    """Spell operators that this version's parser does not know, and refuse those that remain, by name."""
-    knows: Callable[[str], bool] = parser_knows(tensorrt, builder, logger)
-    model = ir.load(onnx)
-    spelled = spell_operators(model, knows)
-    check_operators(model, knows, tensorrt.version_text)
-    if not spelled:
-        return []
-    ir.save(model, onnx)
-    return [f"TensorRT {tensorrt.version_text} does not know {', '.join(spelled)}: spelled with older operators"]
 
 
 def _configure(tensorrt: TensorRT, config: Any, settings: BuildSettings) -> list[str]:

@@ -101,21 +101,27 @@ def run_cancellable(build: Callable[[], Result], phases: Phases) -> Result:
     """
     results: list[Result] = []
     errors: list[BaseException] = []
+    ended = threading.Event()
 
     def run() -> None:
         try:
-            results.append(build())
+            if not phases.cancelled:
+                results.append(build())
         except BaseException as error:
             errors.append(error)
+        finally:
+            ended.set()
 
     thread = threading.Thread(target=run, name="tensorrt-build", daemon=True)
-    thread.start()
     try:
-        while thread.is_alive():
-            thread.join(_POLL_S)
+        thread.start()
+        while not ended.wait(_POLL_S):
+            pass
     except KeyboardInterrupt:
         phases.cancelled = True
-        thread.join()
+        # Interrupted before the thread was there, there is nothing to wait for: it ends by itself.
+        if thread.ident is not None:
+            ended.wait()
         raise
     if errors:
         raise errors[0]

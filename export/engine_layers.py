@@ -80,7 +80,7 @@ def check_layers(text: str, nodes: Sequence[AttentionNode]) -> LayerCheck:
     """Compare the inspector's JSON with the network's attention: one fused layer or all plugin layers per node."""
     try:
         layers = [_Layer.read(entry) for entry in json.loads(text)["Layers"]]
-    except (ValueError, KeyError, TypeError):
+    except (AttributeError, KeyError, TypeError, ValueError):
         warning = "the engine inspector's JSON cannot be read: whether attention was fused is unknown"
         return LayerCheck(0, len(nodes), 0, (warning,))
     warnings: list[str] = []

@@ -21,23 +21,35 @@ import onnx_ir as ir
 from t3compile.export.window_function import attention_into_products, constants_into_nodes
 
 
-def spell_operators(model: ir.Model, knows: Callable[[str], bool]) -> tuple[str, ...]:
-    """Rewrite, in place, what ``knows(operator type)`` denies and there is a spelling for; names what was rewritten."""
-    spelled: set[str] = set()
-    roots: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
-    for root in roots:
+def spell_operators(model: ir.Model, knows: Callable[[str], bool]) -> tuple[ir.Model, tuple[str, ...]]:
+    """The model without what ``knows(operator type)`` denies and there is a spelling for, and what was respelled.
+
+    The given model is left as it is, and returned where nothing has to change. Weights are shared.
+    """
+    graphs = [root if isinstance(root, ir.Graph) else root.graph for root in _roots(model)]
+    wanted = [
+        op_type
+        for op_type, can in (("Attention", _all_plain), ("RMSNormalization", None))
+        if not knows(op_type) and any(_has(g, op_type) for g in graphs) and (can is None or all(map(can, graphs)))
+    ]
+    if not wanted:
+        return model, ()
+    model = model.clone()
+    for root in _roots(model):
         graph = root if isinstance(root, ir.Graph) else root.graph
         before = len(graph.initializers)
-        if not knows("Attention") and _has(graph, "Attention") and _all_plain(graph):
+        if "Attention" in wanted:
             attention_into_products(graph)
-            spelled.add("Attention")
-        if not knows("RMSNormalization") and _has(graph, "RMSNormalization"):
+        if "RMSNormalization" in wanted:
             for node in [node for node in graph if _is(node, "RMSNormalization")]:
                 _spell_rms_norm(graph, node)
-            spelled.add("RMSNormalization")
         if isinstance(root, ir.Function) and len(graph.initializers) > before:
             constants_into_nodes(graph)
-    return tuple(sorted(spelled))
+    return model, tuple(wanted)
+
+
+def _roots(model: ir.Model) -> list[ir.Graph | ir.Function]:
+    return [model.graph, *model.functions.values()]
 
 
 def _is(node: ir.Node, op_type: str) -> bool:

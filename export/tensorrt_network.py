@@ -9,7 +9,7 @@ from typing import Any
 import onnx_ir as ir
 
 from t3compile.errors import EngineError, ExportError
-from t3compile.export.tensorrt_api import Messages, TensorRT
+from t3compile.export.tensorrt_api import Messages, TensorRT, make_logger
 
 # EXPLICIT_BATCH is the only kind from 10.x on; where the member exists it has to be asked for.
 _NETWORK_FLAGS = ("EXPLICIT_BATCH", "STRONGLY_TYPED", "PREFER_AOT_PYTHON_PLUGINS")
@@ -22,9 +22,11 @@ def network_flags(tensorrt: TensorRT) -> int:
     return tensorrt.flags("NetworkDefinitionCreationFlag", _NETWORK_FLAGS)
 
 
-def parser_knows(tensorrt: TensorRT, builder: Any, logger: Any) -> Callable[[str], bool]:
+def parser_knows(tensorrt: TensorRT) -> Callable[[str], bool]:
     """A question to this version's ONNX parser: is there an importer for an operator type?"""
     trt = tensorrt.module
+    logger = make_logger(trt, Messages())
+    builder = trt.Builder(logger)
     network = builder.create_network(network_flags(tensorrt))
     parser = trt.OnnxParser(network, logger)
     answers: dict[str, bool] = {}
@@ -34,8 +36,6 @@ def parser_knows(tensorrt: TensorRT, builder: Any, logger: Any) -> Callable[[str
             answers[op_type] = bool(parser.supports_operator(op_type))
         return answers[op_type]
 
-    # The parser refers to the network, which must live as long.
-    knows.network = network  # type: ignore[attr-defined]
     return knows
 
 

@@ -110,12 +110,12 @@ class TensorRTSession:
         for name, address in self._addresses.items():
             if not context.set_tensor_address(name, address):
                 raise EngineError(f"TensorRT refuses the buffer of '{name}': {messages.last_error}")
-        self._launch: Launch = self._enqueue
+        self._replay: Launch | None = None
         if cuda_graph:
             # TensorRT allocates and updates its state in the first call, which a capture cannot hold.
             self._memory.run([(self._addresses[s.name], _sample(s)) for s in self.inputs], self._enqueue, ())
             self._memory.synchronize()
-            self._launch = self._memory.capture(self._enqueue)
+            self._replay = self._memory.capture(self._enqueue)
 
     def run(self, given: Mapping[str, Tensor]) -> list[Tensor]:
         """Outputs in the engine's order, for inputs by name of the engine's shapes and dtypes."""
@@ -137,6 +137,9 @@ class TensorRTSession:
             self._memory.synchronize()
             times.append(time.perf_counter() - start)
         return times[_WARM_UPS:]
+
+    def _launch(self) -> None:
+        (self._replay or self._enqueue)()
 
     def _enqueue(self) -> None:
         context = self._context
