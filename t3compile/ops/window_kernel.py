@@ -75,8 +75,8 @@ def _attend(
     depth = tl.arange(0, BLOCK_D)
     value_depth = tl.arange(0, BLOCK_DV)
     row_max = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    row_sum = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    row_sum = tl.full([BLOCK_M], 0.0, tl.float32)
+    acc = tl.full([BLOCK_M, BLOCK_DV], 0.0, tl.float32)
     for first in tl.range(0, keys, BLOCK_N):
         j = first + tl.arange(0, BLOCK_N)
         is_key = j < keys
@@ -114,7 +114,7 @@ def _attend(
                     bias = tl.where((j < grid_keys)[None, :], 0.0, bias - mask_at_grid)
                 scores += bias * 1.4426950408889634
         scores = tl.where(is_key[None, :], scores, float("-inf"))
-        new_max = tl.maximum(row_max, tl.max(scores, 1))
+        new_max = tl.maximum(row_max, tl.reduce(scores, 1, tl.standard._elementwise_max))
         if HAS_MASK:
             # A row that has seen no key yet: -inf minus -inf is no number.
             shift = tl.where(new_max == float("-inf"), 0.0, new_max)
@@ -122,7 +122,7 @@ def _attend(
             shift = new_max
         weights = tl.exp2(scores - shift[:, None])
         rescale = tl.exp2(row_max - shift)
-        row_sum = row_sum * rescale + tl.sum(weights, 1)
+        row_sum = row_sum * rescale + tl.reduce(weights, 1, tl.standard._sum_combine)
         row_max = new_max
         v_at = v_ptr + token[:, None] * V_TOKEN + value_depth[None, :]
         if DV == BLOCK_DV:
