@@ -99,8 +99,8 @@ def _layers_of(key: FunctionKey) -> Iterator[PluginLayer]:
     args, batch, heads, dtype = key.args, key.batch, key.heads, key.dtype
     inputs = [
         PluginTensor("q", (batch, heads, args.query_tokens, key.head_dim), dtype),
-        PluginTensor("k", (batch, heads, args.tokens, key.head_dim), dtype),
-        PluginTensor("v", (batch, heads, args.tokens, key.value_dim), dtype),
+        PluginTensor("k", (batch, key.key_heads, args.tokens, key.head_dim), dtype),
+        PluginTensor("v", (batch, key.key_heads, args.tokens, key.value_dim), dtype),
     ]
     output = PluginTensor("out", (batch, heads, args.query_tokens, key.value_dim), dtype)
     mask = None
@@ -117,7 +117,7 @@ def _layers_of(key: FunctionKey) -> Iterator[PluginLayer]:
             averages=bool(read),
             batch=batch,
             heads=heads,
-            key_heads=inputs[1].shape[1],
+            key_heads=key.key_heads,
             head_dim=key.head_dim,
             value_dim=key.value_dim,
             dtype=dtype,
