@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from t3compile.ops.window_attention import WindowAttentionArgs
+from t3compile.ops.window_arguments import WindowAttentionArgs
 from t3compile.pattern import Branch
 
 INT32_MAX = 2**31 - 1
