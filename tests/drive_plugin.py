@@ -1,7 +1,7 @@
 """Drive TensorRT's own plugin template through our plugins as its builder would, in a process of its own.
 
-Real: all of `tensorrt.plugin` with its creator and template, descriptors, data types, formats, dimensions. Stand-ins for
-what only libnvinfer can make: the plugin registry, expressions of dimensions and their builder, symbolic arguments.
+Real: all of `tensorrt.plugin` with its creator and template, descriptors, data types, formats, dimensions. Stand-ins
+for what only libnvinfer can make: the plugin registry, expressions of dimensions and their builder, symbolic arguments.
 Reads pickled layers and kernels, writes what the plugins answered as JSON.
 """
 
@@ -56,7 +56,7 @@ class DimensionExpr:
         return False
 
 
-class ExprBuilder(trt.IExprBuilder):  # type: ignore[misc, name-defined]
+class ExprBuilder(trt.IExprBuilder):
     def constant(self, value: int) -> DimensionExpr:
         return DimensionExpr(value)
 

@@ -162,9 +162,8 @@ def file_of(keys: Sequence[FunctionKey], path: Path) -> ir.Model:
         names = [f"{name}_{i}" for name in shapes]
         inputs += [_value_info(f"{name}_{i}", shape, dtype) for name, (shape, dtype) in shapes.items()]
         shape, dtype = shapes["q"]
-        weights.append(
-            helper.make_tensor(f"weight_{i}", _TYPES[dtype], shape, bytes(_BYTES[dtype] * np.prod(shape)), raw=True)
-        )
+        gain = bytes(_BYTES[dtype] * key.head_dim)
+        weights.append(helper.make_tensor(f"weight_{i}", _TYPES[dtype], [key.head_dim], gain, raw=True))
         nodes.append(helper.make_node("Mul", [names[0], f"weight_{i}"], [f"scaled_{i}"]))
         for call in range(2):
             made = f"out_{i}_{call}"
