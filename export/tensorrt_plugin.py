@@ -76,12 +76,11 @@ def plugin_failures() -> dict[str, str]:
 
 def _register(plugin: _Plugin, trtp: Any) -> None:
     plugin_id = f"{DOMAIN}::{plugin.layer.name}"
-    tensor = trtp.TensorDesc
-    outputs = {"outputs": tuple[tensor]}
+    outputs = {"outputs": tuple[trtp.TensorDesc]}
     kernel = tuple[str, str, trtp.KernelLaunchParams, trtp.SymIntExprs]
 
     def signed(function: Callable[..., Any], more: Mapping[str, Any], returns: Any) -> Callable[..., Any]:
-        return _signed(plugin, function, {**{x.name: tensor for x in plugin.layer.inputs}, **more}, returns)
+        return _signed(plugin, function, {**{x.name: trtp.TensorDesc for x in plugin.layer.inputs}, **more}, returns)
 
     def describe(*inputs: Any) -> tuple[Any]:
         for given, expected in zip(inputs, plugin.layer.inputs, strict=True):
@@ -107,7 +106,7 @@ def _register(plugin: _Plugin, trtp: Any) -> None:
         # Every number is baked in: the kernel takes pointers alone.
         return compiled.entry, compiled.ptx, launch, trtp.SymIntExprs(0)
 
-    trtp.register(plugin_id)(signed(describe, {}, tuple[tensor]))
+    trtp.register(plugin_id)(signed(describe, {}, tuple[trtp.TensorDesc]))
     trtp.autotune(plugin_id)(signed(autotune, outputs, list[trtp.AutoTuneCombination]))
     trtp.aot_impl(plugin_id)(signed(implement, {**outputs, "tactic": int}, kernel))
 

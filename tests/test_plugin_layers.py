@@ -33,7 +33,7 @@ from t3compile.ops.load_kernel import interpreted_kernel
 from t3compile.ops.window_launch import MaskLayout, Tile
 from t3compile.passes.legalize_window_attention import LegalizeWindowAttention
 from t3compile.program import Program, trace
-from tests.test_window_attention import MASKS, args_of, masked_of, stream_qkv
+from tests.test_window_attention import MASKS, args_of, assert_as_good_as_plain, masked_of, reference, stream_qkv
 
 _TYPES = {
     "float16": onnx.TensorProto.FLOAT16,
@@ -252,6 +252,22 @@ def test_the_launch_describes_grouped_queries_and_masks(tmp_path: Path) -> None:
     assert (launch.k.batch, launch.k.head, launch.k.token) == (2 * 35 * 32, 35 * 32, 32)
     assert launch.mask == MaskLayout("bool", batch=35, head=0, query=0, key=1)
     assert replace(first.launch, branch="dilated", averages=True) == launch
+
+
+def test_layers_of_grouped_queries_compute_attention(tmp_path: Path) -> None:
+    key = replace(GROUPED, dtype="float16")
+    local, mean = plan_plugin_layers(file_of([key], tmp_path / "model.onnx")).layers
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(x.shape, generator=generator).half() for x in local.inputs[:3])
+    mask = masked_of(key.args, MASKS["bool-keys"], batch=key.batch)
+    given = [x.numpy() for x in (q, k, v, mask)]
+    ours = run_layer(mean, *given, run_layer(local, *given))
+    # Query heads 0 and 1 read key head 0.
+    exact, plain = (
+        reference(q.to(dtype), *(x.to(dtype).repeat_interleave(2, 1) for x in (k, v)), key.args, mask=mask)
+        for dtype in (torch.float64, torch.float16)
+    )
+    assert_as_good_as_plain(torch.from_numpy(ours), [plain], exact)
 
 
 @pytest.mark.parametrize(
