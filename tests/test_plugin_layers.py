@@ -130,11 +130,11 @@ def test_the_plugin_graph_computes_what_the_functions_do(case: Case, tmp_path: P
     session = onnxruntime.InferenceSession(str(case.path), providers=["CPUExecutionProvider"])
     bodies = session.run(None, arrays)
     exact = execute(case.program, case.inputs, float64=True)
-    for name, plugin, body, reference in zip(CALLS, ours, bodies, exact, strict=True):
-        rounding = float(torch.finfo(torch.float16).eps * reference.abs().max())
-        body_error = np.abs(body - reference.numpy()).max()
+    for name, plugin, body, truth in zip(CALLS, ours, bodies, exact, strict=True):
+        rounding = float(torch.finfo(torch.float16).eps * truth.abs().max())
+        body_error = np.abs(body - truth.numpy()).max()
         # NaN, which the output holds before, is not below the limit.
-        assert np.abs(plugin - reference.numpy()).max() <= 2 * body_error + rounding, name
+        assert np.abs(plugin - truth.numpy()).max() <= 2 * body_error + rounding, name
 
 
 def test_a_layer_per_computed_branch(case: Case) -> None:
