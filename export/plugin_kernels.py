@@ -4,10 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from t3compile.errors import KernelError
-from t3compile.export.assemble_ptx import ARCHITECTURES
+from t3compile.export.assemble_ptx import find_ptxas
 from t3compile.export.build_tactics import DroppedTile, LaunchKernels, build_tactics
 from t3compile.export.compile_kernel import CompiledKernel
 from t3compile.export.plugin_layers import PluginLayer, PluginLayers
@@ -45,15 +44,16 @@ class PluginKernels:
 def compile_plugin_layers(
     plugins: PluginLayers,
     *,
-    architectures: Sequence[int] = ARCHITECTURES,
-    ptxas: Path | None = None,
+    architectures: Sequence[int] = (),
     on_layer: Callable[[PluginLayer], None] = lambda layer: None,
 ) -> tuple[PluginLayers, PluginKernels]:
-    """Compile every layer with each tile of its table; ``on_layer`` hears of each before.
+    """Compile every layer with each tile of its table, without a GPU; ``on_layer`` hears of each before.
 
-    With ``ptxas`` the kernels are assembled for the architectures, too. A function with a layer that no tile suits is
-    declined, with the reason, in the layers that come back. MissingExtraError without triton.
+    The gates over the PTX's text apply, and those over what ptxas makes of it for the ``architectures``, such as 90.
+    A function with a layer that no tile suits is declined, with the reason, in the layers that come back.
+    MissingExtraError without triton, KernelError where there are architectures and no ptxas.
     """
+    ptxas = find_ptxas() if architectures else None
     kernels: dict[str, LaunchKernels] = {}
     declined: dict[str, str] = {}
     for layer in plugins.layers:

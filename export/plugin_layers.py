@@ -4,9 +4,9 @@ A plugin layer is one launch of the window attention kernel on contiguous [B, N,
 computed branch becomes the plugin of its own name, one with two becomes two layers, as a plugin has one kernel and no
 workspace: the first writes the local branch, the second reads that as its last input and writes the mean.
 
-TensorRT's ONNX parser takes the plugin whose name is the node's type, whose namespace is the node's attribute
-`plugin_namespace` and whose version is "1" where the node names none; `aot` = 1 asks for the ahead-of-time kernel.
-This was read in TensorRT's samples and in an older parser's source; TensorRT never ran here.
+TensorRT's ONNX parser takes the plugin whose name is the node's type and whose namespace is its `plugin_namespace`, in
+version "1" where the node names none (read in the parser's source of 10.1); `aot` = 1 asks for the kernel that was
+compiled ahead of time (read in the samples of 11.1). TensorRT itself never ran here.
 """
 
 from __future__ import annotations

@@ -139,16 +139,31 @@ def test_a_name_that_is_taken_is_refused(planned: Planned, answers: Any) -> None
     assert "'t3::WindowAttention_foreign' is registered by something else" in foreign
 
 
-def test_a_process_with_the_bindings_compiles_the_same_kernel(planned: Planned, tmp_path: Path) -> None:
-    layer = next(layer for layer in planned.plugins.layers if layer.function == ONE_BRANCH.name)
-    (tmp_path / "layer").write_bytes(pickle.dumps((layer.launch, SMALL_TILES.offered[0])))
+def test_plugins_are_prepared_from_the_file_beside_the_bindings(planned: Planned, tmp_path: Path) -> None:
+    file_of([ONE_BRANCH, replace(PLAIN, dtype="float32")], tmp_path / "model.onnx")
     code = """
-import pickle, sys, tensorrt.plugin
-from t3compile.export.compile_kernel import compile_launch
-print(compile_launch(*pickle.load(open(sys.argv[1], "rb"))).sha256)
+import json, sys
+import onnx_ir as ir
+import tensorrt
+import t3compile.export.build_tactics as tactics
+from t3compile.export.prepare_plugins import prepare_plugins
+from tests.drive_plugin import install_stand_ins
+from tests.test_tensorrt_plugin import few_tiles
+
+tactics.tile_table = few_tiles
+_, registry = install_stand_ins()
+prepared = prepare_plugins(ir.load(sys.argv[1]), tensorrt, architectures=(80,))
+kernels = prepared.kernels.compiled().values()
+nodes = [node.op_type for node in prepared.model.graph if node.domain == "t3"]
+told = (sorted(registry.creators), sorted(kernel.sha256 for kernel in kernels), nodes, dict(prepared.plugins.declined))
+open(sys.argv[2], "w").write(json.dumps(told))
 """
-    told = run_with_bindings(VERSIONS[-1], code, str(tmp_path / "layer")).split()[-1]
-    assert told == planned.kernels.tactics(layer.name)[tactic_of(SMALL_TILES.offered[0])].sha256
+    run_with_bindings(VERSIONS[-1], code, str(tmp_path / "model.onnx"), str(tmp_path / "told.json"))
+    registered, hashes, nodes, declined = json.loads((tmp_path / "told.json").read_text(encoding="utf-8"))
+    (native,) = declined
+    assert registered == [[ONE_BRANCH.name, "1", "t3"]]
+    assert nodes == 2 * [ONE_BRANCH.name] + 2 * [native]
+    assert hashes == sorted(kernel.sha256 for kernel in planned.kernels.tactics(ONE_BRANCH.name).values())
 
 
 ADDRESS = r"\[\s*(%\w+)"
