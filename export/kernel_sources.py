@@ -45,11 +45,15 @@ def _option(name: str) -> str:
 
 @dataclass(frozen=True)
 class KernelSource:
-    """Different configurations in order of appearance, and what was taken for granted."""
+    """Different configurations in order of appearance, and what was taken for granted.
+
+    ``names_functions``: the keys are those of functions of an ONNX file.
+    """
 
     name: str
     keys: tuple[FunctionKey, ...]
     notes: tuple[str, ...] = ()
+    names_functions: bool = False
 
 
 def keys_of_preset(preset: Preset, given: GivenNumbers) -> KernelSource:
@@ -113,9 +117,9 @@ def keys_of_onnx(path: Path, given: GivenNumbers) -> KernelSource:
     keys = [key for _, key in window_functions(model)]
     if not keys:
         raise KernelError(
-            f"'{path}' holds no window attention function: export a rewritten model, without --inline, and build from that"
+            f"'{path}' holds no window attention function: export a rewritten model without --inline and build from that"
         )
-    return KernelSource(str(path), _distinct(keys))
+    return KernelSource(str(path), _distinct(keys), names_functions=True)
 
 
 def keys_of_program(program: Program, name: str, given: GivenNumbers) -> KernelSource:
@@ -133,9 +137,7 @@ def keys_of_program(program: Program, name: str, given: GivenNumbers) -> KernelS
             mask = MaskKey(tuple(value.shape), _dtype(value.dtype))
         batch, heads, _, head_dim = q.shape
         keys.append(
-            FunctionKey(
-                call.args, batch, heads, head_dim, v.shape[-1], _dtype(q.dtype), "attention", mask, k.shape[1]
-            )
+            FunctionKey(call.args, batch, heads, head_dim, v.shape[-1], _dtype(q.dtype), "attention", mask, k.shape[1])
         )
     if not keys:
         raise KernelError(

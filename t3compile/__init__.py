@@ -12,7 +12,16 @@ if TYPE_CHECKING:
     from t3compile.geometry import Splits, TokenGrid
     from t3compile.inputs import VideoSize
     from t3compile.pattern import Schedule, WindowPattern
-    from t3compile.pipeline import detect, export_onnx, load_engine, load_program, rewrite, trace, verify
+    from t3compile.pipeline import (
+        build_kernels,
+        detect,
+        export_onnx,
+        load_engine,
+        load_program,
+        rewrite,
+        trace,
+        verify,
+    )
     from t3compile.plan import Plan, make_plan
     from t3compile.probing import ProbeReport, probe
     from t3compile.program import Program
@@ -34,6 +43,7 @@ _HOMES = {
     "VerifyReport": "verification",
     "VideoSize": "inputs",
     "WindowPattern": "pattern",
+    "build_kernels": "pipeline",
     "capture": "capturing",
     "detect": "pipeline",
     "export_onnx": "pipeline",
@@ -59,6 +69,7 @@ __all__ = [
     "VerifyReport",
     "VideoSize",
     "WindowPattern",
+    "build_kernels",
     "capture",
     "detect",
     "export_onnx",

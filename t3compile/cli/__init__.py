@@ -8,6 +8,7 @@ from __future__ import annotations
 import click
 
 from t3compile.cli.export_commands import export, run
+from t3compile.cli.kernel_commands import kernels
 from t3compile.cli.model_commands import cost, inspect, plan, rewrite, verify
 
 
@@ -20,5 +21,5 @@ def main() -> None:
     """
 
 
-for _command in (inspect, plan, cost, rewrite, verify, export, run):
+for _command in (inspect, plan, cost, rewrite, verify, export, run, kernels):
     main.add_command(_command)
