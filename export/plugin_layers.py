@@ -17,9 +17,9 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from t3compile.errors import EngineError
+from t3compile.export.kernel_set import window_launches
 from t3compile.export.window_function import DOMAIN, FunctionKey, window_functions
-from t3compile.ops.window_launch import Layout, MaskLayout, WindowLaunch
-from t3compile.pattern import Branch
+from t3compile.ops.window_launch import WindowLaunch
 
 PLUGIN_ATTRIBUTES: Mapping[str, str | int] = {"plugin_namespace": DOMAIN, "aot": 1}
 MAX_HEAD_DIM = 256
@@ -96,62 +96,22 @@ def _why_not(key: FunctionKey) -> str | None:
 
 
 def _layers_of(key: FunctionKey) -> Iterator[PluginLayer]:
-    args, batch, heads, dtype = key.args, key.batch, key.heads, key.dtype
+    args, batch, dtype = key.args, key.batch, key.dtype
     inputs = [
-        PluginTensor("q", (batch, heads, args.query_tokens, key.head_dim), dtype),
+        PluginTensor("q", (batch, key.heads, args.query_tokens, key.head_dim), dtype),
         PluginTensor("k", (batch, key.key_heads, args.tokens, key.head_dim), dtype),
         PluginTensor("v", (batch, key.key_heads, args.tokens, key.value_dim), dtype),
     ]
-    output = PluginTensor("out", (batch, heads, args.query_tokens, key.value_dim), dtype)
-    mask = None
     if key.mask is not None:
         inputs.append(PluginTensor("mask", key.mask.shape, key.mask.dtype))
-        mask = _mask_layout(key.mask.shape, key.mask.dtype)
-    branches = args.pattern.computed_branches(args.grid)
-
-    def layer(name: str, branch: Branch, read: tuple[PluginTensor, ...]) -> PluginLayer:
-        q, k, v, out = (_contiguous(x) for x in (*inputs[:3], output))
-        launch = WindowLaunch(
-            args=args,
-            branch=branch,
-            averages=bool(read),
-            batch=batch,
-            heads=heads,
-            key_heads=key.key_heads,
-            head_dim=key.head_dim,
-            value_dim=key.value_dim,
-            dtype=dtype,
-            q=q,
-            k=k,
-            v=v,
-            out=out,
-            mask=mask,
-        )
-        return PluginLayer(name, key.name, launch, (*inputs, *read), output)
-
-    if len(branches) == 1:
-        yield layer(key.name, branches[0], ())
-        return
-    first, second = branches
-    yield layer(f"{key.name}_{first}", first, ())
-    yield layer(f"{key.name}_mean", second, (PluginTensor("other", output.shape, dtype),))
-
-
-def _contiguous(tensor: PluginTensor) -> Layout:
-    _, heads, tokens, depth = tensor.shape
-    return Layout.heads_first(heads, tokens, depth)
-
-
-def _mask_layout(shape: tuple[int, ...], dtype: str) -> MaskLayout:
-    """Strides of a contiguous mask that broadcasts to [B, N, Sq, S]: 0 where it has one element for all."""
-    strides = []
-    step = 1
-    for size in reversed(shape):
-        strides.append(0 if size == 1 else step)
-        step *= size
-    strides += [0] * (4 - len(strides))
-    key, query, head, batch = strides
-    return MaskLayout(dtype, batch=batch, head=head, query=query, key=key)
+    output = PluginTensor("out", (batch, key.heads, args.query_tokens, key.value_dim), dtype)
+    *before, last = window_launches(key)
+    for launch in before:
+        yield PluginLayer(f"{key.name}_{launch.branch}", key.name, launch, tuple(inputs), output)
+    if last.averages:
+        inputs.append(PluginTensor("other", output.shape, dtype))
+    name = f"{key.name}_mean" if last.averages else key.name
+    yield PluginLayer(name, key.name, last, tuple(inputs), output)
 
 
 def with_plugin_nodes(model: ir.Model, plugins: PluginLayers) -> ir.Model:
