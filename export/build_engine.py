@@ -37,7 +37,7 @@ from t3compile.export.engine_manifest import (
 from t3compile.export.onnx_engine import check_onnx_file
 from t3compile.export.onnx_precision import Precision, check_precision
 from t3compile.export.spell_operators import spell_operators
-from t3compile.export.tensorrt_api import TensorRT, load_tensorrt_and_device
+from t3compile.export.tensorrt_api import TensorRT, load_tensorrt_and_device, stdout_to_stderr
 from t3compile.export.tensorrt_network import check_operators, parser_knows
 from t3compile.export.tensorrt_session import TensorRTSession
 from t3compile.export.timing_cache import read_timing_cache
@@ -90,7 +90,7 @@ def build_engine(
         read_timing_cache(settings.timing_cache)
     model = ir.load(onnx)
     found = check_precision(model, onnx, precision)
-    attempts, notes = _attempts(tensorrt.module, model, attention)
+    attempts, notes = _attempts(tensorrt.module, device, model, attention, progress)
     with staged_outputs(path) as stage, ExitStack() as stack:
         sources = [_place(attempt, onnx, path, stack) for attempt in _spelled(tensorrt, attempts, notes)]
         # Not in the stage: what is left there becomes an output.
@@ -103,9 +103,12 @@ def build_engine(
             try:
                 one = build_network(tensorrt, device, source, engine, attempt.nodes, settings, progress)
             except T3CompileError as error:
+                failures = _plugin_failures() if attempt.kernels else ()
                 if attempt is attempts[-1] and not built:
+                    if failures:
+                        raise EngineError("; ".join([str(error), *failures])) from error
                     raise
-                notes.append(f"{attempt.lowering} attention was given up: {error}")
+                notes.append(f"{attempt.lowering} attention was given up: {'; '.join([str(error), *failures])}")
                 continue
             built.append(replace(one, lowering=attempt.lowering))
         best, times = _fastest(tensorrt, device, built, settings, progress)
@@ -123,7 +126,7 @@ def build_engine(
             inputs=best.inputs,
             outputs=best.outputs,
             sites=chosen.sites,
-            plugins=_kernels(chosen.planned),
+            plugins=chosen.kernels,
             onnx=hash_source(onnx, external_locations(model)),
             engine_sha256=hash_file(stage / path.name),
             engine_bytes=(stage / path.name).stat().st_size,
@@ -148,13 +151,14 @@ class _Attempt:
     model: ir.Model
     nodes: tuple[AttentionNode, ...]
     sites: tuple[SiteLowering, ...]
-    # PluginLayers; their kernels are compiled while TensorRT builds.
-    planned: Any = None
+    kernels: tuple[PluginKernel, ...] = ()
     # Whether the model is another than the file's.
     changed: bool = False
 
 
-def _attempts(trt: ModuleType, model: ir.Model, attention: Attention) -> tuple[list[_Attempt], list[str]]:
+def _attempts(
+    trt: ModuleType, device: CudaDevice, model: ir.Model, attention: Attention, progress: BuildProgress
+) -> tuple[list[_Attempt], list[str]]:
     """What to build, the preferred first, and notes on functions that stay native."""
     nodes = attention_nodes(model)
     native = _Attempt("native", model, nodes, tuple(_native_site(node) for node in nodes))
@@ -163,7 +167,7 @@ def _attempts(trt: ModuleType, model: ir.Model, attention: Attention) -> tuple[l
     if not any(node.function for node in nodes):
         return [native], ["the model has no window attention: all attention is TensorRT's own"]
     try:
-        plugin, notes = _plugin_attempt(trt, model, nodes)
+        plugin, notes = _plugin_attempt(trt, device, model, nodes, progress)
     except T3CompileError as error:
         if attention == "plugin":
             raise
@@ -174,35 +178,44 @@ def _attempts(trt: ModuleType, model: ir.Model, attention: Attention) -> tuple[l
 
 
 def _plugin_attempt(
-    trt: ModuleType, model: ir.Model, nodes: Sequence[AttentionNode]
+    trt: ModuleType, device: CudaDevice, model: ir.Model, nodes: Sequence[AttentionNode], progress: BuildProgress
 ) -> tuple[_Attempt | None, list[str]]:
-    from t3compile.export.plugin_layers import plan_plugin_layers, with_plugin_nodes
-    from t3compile.export.tensorrt_plugin import register_plugins
+    from t3compile.export.prepare_plugins import prepare_plugins
 
-    planned = plan_plugin_layers(model)
+    with stdout_to_stderr():
+        prepared = prepare_plugins(
+            model,
+            trt,
+            architectures=(int(device.compute_capability.replace(".", "")),),
+            on_layer=lambda layer: progress(f"compiling the kernels of {layer.name}"),
+        )
+    plugins = prepared.plugins
     notes = [
         f"function '{function}' of sites {_named(nodes, function)} stays native: {reason}"
-        for function, reason in planned.declined.items()
+        for function, reason in plugins.declined.items()
     ]
-    if not planned.layers:
+    if not plugins.layers:
         return None, notes
-    register_plugins(planned, trt)
-    replaced = with_plugin_nodes(model, planned)
-    made = _plugin_nodes(replaced, {layer.name for layer in planned.layers})
+    made = _plugin_nodes(prepared.model, {layer.name for layer in plugins.layers})
     lowered, sites = [], []
-    for node, names in zip(nodes, _by_site(model, replaced, nodes, made), strict=True):
+    for node, names in zip(nodes, _by_site(model, nodes, made), strict=True):
         if names:
             lowered.append(replace(node, lowering="plugin", layers=names))
             sites.append(SiteLowering(node.site, node.function, "plugin"))
         else:
             lowered.append(node)
-            sites.append(_native_site(node, planned.declined.get(node.function, "")))
-    return _Attempt("plugin", replaced, tuple(lowered), tuple(sites), planned, changed=True), notes
+            sites.append(_native_site(node, plugins.declined.get(node.function, "")))
+    kernels = tuple(
+        PluginKernel(layer, tactic, kernel.sha256) for (layer, tactic), kernel in prepared.kernels.compiled().items()
+    )
+    return _Attempt("plugin", prepared.model, tuple(lowered), tuple(sites), kernels, changed=True), notes
 
 
-def _kernels(planned: Any) -> tuple[PluginKernel, ...]:
-    layers = () if planned is None else planned.layers
-    return tuple(PluginKernel(layer.name, layer.ptx_sha256) for layer in layers)
+def _plugin_failures() -> tuple[str, ...]:
+    """TensorRT says that a plugin failed and not why; the plugin remembers."""
+    from t3compile.export.tensorrt_plugin import plugin_failures
+
+    return tuple(f"plugin {name}: {reason}" for name, reason in plugin_failures().items())
 
 
 def _native_site(node: AttentionNode, reason: str = "") -> SiteLowering:
@@ -218,9 +231,7 @@ def _plugin_nodes(model: ir.Model, names: set[str]) -> dict[str, ir.Node]:
     return {str(node.outputs[0].name): node for node in model.graph if node.op_type in names}
 
 
-def _by_site(
-    model: ir.Model, replaced: ir.Model, nodes: Sequence[AttentionNode], made: dict[str, ir.Node]
-) -> list[tuple[str, ...]]:
+def _by_site(model: ir.Model, nodes: Sequence[AttentionNode], made: dict[str, ir.Node]) -> list[tuple[str, ...]]:
     """Names of the plugin nodes that stand for each site: the one that writes its output, and those that it reads."""
     outputs = {str(node.name): str(node.outputs[0].name) for node in model.graph}
     last = {outputs[site.site] for site in nodes if site.site in outputs}

@@ -45,9 +45,10 @@ class SiteLowering:
 
 @dataclass(frozen=True)
 class PluginKernel:
-    """A plugin layer of the engine and the sha256 of the PTX that its engine embeds."""
+    """A kernel that a plugin layer offered, by its tactic, and the sha256 of its PTX; an engine holds one of each."""
 
     name: str
+    tactic: int
     ptx_sha256: str
 
 

@@ -7,8 +7,11 @@ name. Names were checked against the bindings of 10.13 to 11.4; TensorRT itself 
 from __future__ import annotations
 
 import importlib
+import os
 import re
-from collections.abc import Iterable
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -154,6 +157,20 @@ def _import() -> tuple[Any, str]:
     except (ImportError, OSError) as error:
         # The bindings are there and the libraries are not.
         return None, f"the package 'tensorrt', which cannot be imported here ({first_line(error)}; {INSTALL})"
+
+
+@contextmanager
+def stdout_to_stderr() -> Iterator[None]:
+    """What TensorRT's own logger prints goes to stderr: importing tensorrt.plugin greets on stdout, among results."""
+    sys.stdout.flush()
+    kept = os.dup(1)
+    try:
+        os.dup2(2, 1)
+        yield
+    finally:
+        sys.stdout.flush()
+        os.dup2(kept, 1)
+        os.close(kept)
 
 
 def make_logger(trt: Any, messages: Messages) -> Any:

@@ -13,7 +13,16 @@ if TYPE_CHECKING:
     from t3compile.geometry import Splits, TokenGrid
     from t3compile.inputs import VideoSize
     from t3compile.pattern import Schedule, WindowPattern
-    from t3compile.pipeline import detect, export_onnx, load_engine, load_program, rewrite, trace, verify
+    from t3compile.pipeline import (
+        build_kernels,
+        detect,
+        export_onnx,
+        load_engine,
+        load_program,
+        rewrite,
+        trace,
+        verify,
+    )
     from t3compile.plan import Plan, make_plan
     from t3compile.probing import ProbeReport, probe
     from t3compile.program import Program
@@ -36,6 +45,7 @@ _HOMES = {
     "VideoSize": "inputs",
     "WindowPattern": "pattern",
     "build_engine": "building",
+    "build_kernels": "pipeline",
     "capture": "capturing",
     "detect": "pipeline",
     "export_onnx": "pipeline",
@@ -62,6 +72,7 @@ __all__ = [
     "VideoSize",
     "WindowPattern",
     "build_engine",
+    "build_kernels",
     "capture",
     "detect",
     "export_onnx",

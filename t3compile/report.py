@@ -19,6 +19,8 @@ from t3compile.verification import VerifyReport
 if TYPE_CHECKING:
     from rich.progress import Progress
 
+    from t3compile.export.kernel_set import KernelSet
+
 T3_WARNING = (
     "T3 changes the function: without T3-trained weights or fine-tuning the video is noise. Published weights: "
     "Hugging Face APRIL-AIGC/T3-Video. Recipe of the paper (arXiv 2512.13492): full fine-tune of 5,000 steps at 720p "
@@ -288,3 +290,25 @@ def show_probe(report: ProbeReport) -> None:
         ("sites", "module", "grid", "layout", "detail"),
         [(str(number), *key) for key, number in rows.items()],
     )
+
+
+def show_kernels(built: KernelSet) -> None:
+    """Every kernel with its cost: shared memory of a block, registers of a thread over all architectures."""
+    rows = []
+    for tactic in built.tactics:
+        kernel, registers = tactic.kernel, [one.registers for one in tactic.assemblies]
+        spilled = sum(one.spill_store_bytes + one.spill_load_bytes for one in tactic.assemblies)
+        launch, tile = kernel.launch, kernel.tile
+        rows.append(
+            (
+                f"{launch.args.pattern} on {launch.args.grid}",
+                f"{launch.branch}, mean" if launch.averages else launch.branch,
+                f"{tile.block_m}x{tile.block_n}, {tile.warps} warps, {tile.stages} stages",
+                f"{kernel.grid_x:,} x {kernel.block_x}",
+                f"{kernel.shared_bytes:,}",
+                f"{min(registers)}-{max(registers)}" if registers else "not assembled",
+                str(spilled) if registers else "not assembled",
+            )
+        )
+    columns = ("pattern", "branch", "tile", "blocks x threads", "shared bytes", "registers", "spilled bytes")
+    show_table(f"Kernels of {built.source.name}", columns, rows)

@@ -12,11 +12,11 @@ import types
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import onnxruntime
 import pytest
 import torch
@@ -24,13 +24,13 @@ from click.testing import CliRunner
 
 import t3compile
 from t3compile.cli import main
-from t3compile.errors import EngineError, ExportError, OutputError, T3CompileError
-from t3compile.export import tensorrt_api, tensorrt_session
+from t3compile.errors import EngineError, ExportError, KernelError, OutputError
+from t3compile.export import prepare_plugins, tensorrt_api, tensorrt_session
 from t3compile.export.build_engine import EngineReport, build_engine
 from t3compile.export.build_network import BuildSettings
 from t3compile.export.cuda_device import CudaDevice
 from t3compile.export.engine_manifest import hash_file, read_manifest
-from t3compile.export.window_function import window_functions
+from t3compile.export.plugin_layers import PluginLayers
 from t3compile.pipeline import detect, export_onnx, rewrite
 from t3compile.plan import make_plan
 from t3compile.program import Program, trace
@@ -68,6 +68,11 @@ class Machine:
     @property
     def onnx(self) -> Path:
         return self.folder / "model.onnx"
+
+    @property
+    def half(self) -> Path:
+        """The same in bfloat16, which the kernel takes."""
+        return self.folder / "half.onnx"
 
     @property
     def engine(self) -> Path:
@@ -143,18 +148,18 @@ def test_an_unchanged_file_is_parsed_where_it_is(machine: Machine) -> None:
 
 
 def test_a_changed_file_is_parsed_beside_its_weights(machine: Machine) -> None:
-    FakePlugins(machine)
+    Plugins(machine)
     before = _listing(machine.folder)
-    machine.build(attention="plugin")
+    machine.build(machine.half, attention="plugin")
     parsed = machine.behaviour.last("parse_from_file")[1]
-    assert parsed != machine.onnx
+    assert parsed != machine.half
     assert (parsed.parent, parsed.exists()) == (machine.folder, False)
     assert _listing(machine.folder) == before | {
         "model.engine",
         "model.engine.layers.json",
         "model.engine.manifest.json",
     }
-    expected = {i.name: onnx.numpy_helper.to_array(i) for i in onnx.load(machine.onnx).graph.initializer}
+    expected = {i.name: onnx.numpy_helper.to_array(i) for i in onnx.load(machine.half).graph.initializer}
     for initializer in machine.behaviour.networks[-1].graph.initializer:
         assert np.array_equal(onnx.numpy_helper.to_array(initializer), expected[initializer.name])
 
@@ -164,24 +169,24 @@ def _listing(folder: Path) -> set[str]:
 
 
 def test_weights_in_a_read_only_folder_are_linked(machine: Machine) -> None:
-    FakePlugins(machine)
+    Plugins(machine)
     real = tempfile.mkstemp
     linked: list[bool] = []
 
     def refuse(*args: Any, dir: Path | None = None, **kwargs: Any) -> Any:
-        if dir == machine.onnx.parent:
+        if dir == machine.half.parent:
             raise PermissionError(13, "Permission denied")
         return real(*args, dir=dir, **kwargs)
 
     def parse(path: str, *args: Any, **kwargs: Any) -> Any:
-        data = Path(path).parent / "model.onnx.data"
-        linked.append(data.is_symlink() and data.read_bytes() == (machine.folder / "model.onnx.data").read_bytes())
+        data = Path(path).parent / "half.onnx.data"
+        linked.append(data.is_symlink() and data.read_bytes() == (machine.folder / "half.onnx.data").read_bytes())
         return load(path, load_external_data=False)
 
     load = onnx.load
     machine.monkeypatch.setattr(tempfile, "mkstemp", refuse)
     machine.monkeypatch.setattr(onnx, "load", parse)
-    machine.build(attention="plugin")
+    machine.build(machine.half, attention="plugin")
     # The last to read it is the parser.
     assert linked[-1]
 
@@ -256,7 +261,7 @@ def test_a_version_without_a_needed_member_is_refused_by_name(machine: Machine) 
 
 
 def test_the_precision_of_a_file_must_be_the_one_asked_for(machine: Machine) -> None:
-    half = machine.folder / "half.onnx"
+    half = machine.half
     assert machine.build(half, precision="bfloat16").manifest.precision == "bfloat16"
     assert machine.build(half).manifest.precision == "bfloat16"
     with pytest.raises(ExportError) as raised:
@@ -501,74 +506,39 @@ def test_attention_that_was_not_fused_is_warned_of_by_site(machine: Machine) -> 
 # --- plugin layers -------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class FakeLayer:
-    name: str
-    ptx_sha256: str
+class Plugins:
+    """The real plugin layers and kernels; TensorRT's plugin module, which registers them, is replaced."""
 
-
-@dataclass(frozen=True)
-class FakeLayers:
-    layers: tuple[FakeLayer, ...]
-    declined: dict[str, str]
-
-
-class FakePlugins:
-    """t3compile.export.plugin_layers and tensorrt_plugin: every function becomes two plugin nodes."""
-
-    def __init__(self, machine: Machine, declined: str = "", error: str = "") -> None:
+    def __init__(self, machine: Machine, error: str = "") -> None:
         self.registered: list[str] = []
-        self.declined, self.error, self.machine = declined, error, machine
-        home = types.ModuleType("t3compile.export.plugin_layers")
-        home.plan_plugin_layers = self.plan  # type: ignore[attr-defined]
-        home.with_plugin_nodes = self.replace  # type: ignore[attr-defined]
-        plugin = types.ModuleType("t3compile.export.tensorrt_plugin")
-        plugin.register_plugins = self.register  # type: ignore[attr-defined]
-        for module in (home, plugin):
-            machine.monkeypatch.setitem(sys.modules, module.__name__, module)
+        self.machine, self.error = machine, error
+        trtp = types.ModuleType("tensorrt.plugin")
+        machine.monkeypatch.setitem(sys.modules, "tensorrt.plugin", trtp)
+        machine.monkeypatch.setattr(prepare_plugins, "register_plugins", self.register)
+        machine.monkeypatch.setattr(prepare_plugins, "compile_plugin_layers", self.compile)
 
-    def plan(self, model: ir.Model) -> FakeLayers:
+    def compile(self, plugins: PluginLayers, **options: Any) -> tuple[PluginLayers, Any]:
+        assert options["architectures"] == (90,)
         if self.error:
-            raise T3CompileError(self.error)
-        names = [function.name for function, _ in window_functions(model)]
-        if self.declined:
-            return FakeLayers((), dict.fromkeys(names, self.declined))
-        layers = [FakeLayer(f"{name}_{part}", f"sha of {part}") for name in names for part in ("local", "mean")]
-        return FakeLayers(tuple(layers), {})
+            raise KernelError(self.error)
+        kernels = {(layer.name, 128032082): SimpleNamespace(sha256=f"sha of {layer.name}") for layer in plugins.layers}
+        return plugins, SimpleNamespace(compiled=lambda: kernels)
 
-    def register(self, layers: FakeLayers, tensorrt_module: Any) -> None:
-        assert tensorrt_module is sys.modules["tensorrt"]
+    def register(self, layers: Any, kernels: Any, trtp: Any) -> None:
+        assert trtp is sys.modules["tensorrt.plugin"]
         assert "parse_from_file" not in self.machine.behaviour.names()
-        self.registered += [layer.name for layer in layers.layers]
-
-    def replace(self, model: ir.Model, layers: FakeLayers) -> ir.Model:
-        model = model.clone()
-        for node in [node for node in model.graph if node.domain == "t3"]:
-            first = ir.node("", list(node.inputs), domain="t3")
-            first.op_type, first.name = f"{node.op_type}_local", f"{node.name}_local"
-            first.outputs[0].name = f"{node.outputs[0].name}_local"
-            first.outputs[0].shape, first.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
-            last = ir.node("", [*node.inputs, first.outputs[0]], domain="t3")
-            last.op_type, last.name = f"{node.op_type}_mean", str(node.name)
-            name = node.outputs[0].name
-            last.outputs[0].shape, last.outputs[0].type = node.outputs[0].shape, node.outputs[0].type
-            model.graph.insert_before(node, [first, last])
-            ir.convenience.replace_all_uses_with(node.outputs[0], last.outputs[0])
-            model.graph.remove(node, safe=True)
-            last.outputs[0].name = name
-        model.functions.clear()
-        return model
+        self.registered += [layer.name for layer in layers]
 
 
 def test_plugin_nodes_replace_the_functions(machine: Machine) -> None:
-    plugins = FakePlugins(machine)
-    report = machine.build(attention="plugin")
+    plugins = Plugins(machine)
+    report = machine.build(machine.half, attention="plugin")
     manifest = report.manifest
     (name,) = {site.function for site in manifest.sites if site.function}
     assert plugins.registered == [f"{name}_local", f"{name}_mean"]
-    assert [(kernel.name, kernel.ptx_sha256) for kernel in manifest.plugins] == [
-        (f"{name}_local", "sha of local"),
-        (f"{name}_mean", "sha of mean"),
+    assert [(kernel.name, kernel.tactic, kernel.ptx_sha256) for kernel in manifest.plugins] == [
+        (f"{name}_local", 128032082, f"sha of {name}_local"),
+        (f"{name}_mean", 128032082, f"sha of {name}_mean"),
     ]
     assert [site.lowering for site in manifest.sites] == ["plugin", "native", "plugin", "native"]
     parsed = machine.behaviour.networks[-1]
@@ -577,22 +547,22 @@ def test_plugin_nodes_replace_the_functions(machine: Machine) -> None:
     assert manifest.layer_check["attention_found"] == 4
     assert report.notes == ()
     # The original file alone is the source, as its weights are.
-    assert manifest.onnx.sha256 == hash_file(machine.onnx)
+    assert manifest.onnx.sha256 == hash_file(machine.half)
 
 
 def test_a_plugin_layer_that_is_not_in_the_engine_is_warned_of(machine: Machine) -> None:
-    FakePlugins(machine)
+    Plugins(machine)
     machine.behaviour.layers = lambda model: [
         layer for layer in fused_layers(model) if layer["Name"] != "node__symbolic_1_local"
     ]
-    report = machine.build(attention="plugin")
+    report = machine.build(machine.half, attention="plugin")
     assert report.notes == ("site 'node__symbolic_1': no plugin layer 'node__symbolic_1_local' in the engine",)
     assert report.manifest.layer_check["attention_found"] == 3
 
 
 def test_a_declined_function_stays_native_and_is_said(machine: Machine) -> None:
-    FakePlugins(machine, declined="its dtype is float32")
-    report = machine.build(attention="plugin")
+    Plugins(machine)
+    report = machine.build(machine.onnx, attention="plugin")
     assert report.manifest.lowering == "native"
     assert "'node__symbolic', 'node__symbolic_1' stays native: its dtype is float32" in report.notes[0]
     assert "no window function can be a plugin layer" in report.notes[1]
@@ -600,9 +570,9 @@ def test_a_declined_function_stays_native_and_is_said(machine: Machine) -> None:
 
 @pytest.mark.parametrize(("slow", "kept"), [(True, "native"), (False, "plugin")])
 def test_auto_keeps_the_faster_and_says_both_times(machine: Machine, slow: bool, kept: str) -> None:
-    FakePlugins(machine)
+    Plugins(machine)
     machine.behaviour.seconds = {slow: 0.02, not slow: 0.002}
-    manifest = machine.build(attention="auto").manifest
+    manifest = machine.build(machine.half, attention="auto").manifest
     assert manifest.lowering == kept
     assert set(manifest.times_s) == {"plugin", "native"}
     assert min(manifest.times_s, key=lambda name: manifest.times_s[name]) == kept
@@ -614,22 +584,22 @@ def test_auto_keeps_the_faster_and_says_both_times(machine: Machine, slow: bool,
 
 
 def test_auto_times_a_stripped_engine_with_its_weights(machine: Machine) -> None:
-    FakePlugins(machine)
-    machine.build(attention="auto", settings=BuildSettings(strip_weights=True))
+    Plugins(machine)
+    machine.build(machine.half, attention="auto", settings=BuildSettings(strip_weights=True))
     assert machine.behaviour.names().count("refit_cuda_engine") == 2
 
 
 def test_auto_goes_on_without_plugins_and_says_why(machine: Machine) -> None:
-    FakePlugins(machine, error="no kernel for this pattern")
-    report = machine.build(attention="auto")
+    Plugins(machine, error="no kernel for this pattern")
+    report = machine.build(machine.half, attention="auto")
     assert (report.manifest.lowering, report.manifest.times_s) == ("native", {})
     assert report.notes == ("no plugin layers: no kernel for this pattern",)
-    with pytest.raises(T3CompileError, match="no kernel for this pattern"):
-        machine.build(attention="plugin")
+    with pytest.raises(KernelError, match="no kernel for this pattern"):
+        machine.build(machine.half, attention="plugin")
 
 
 def test_auto_gives_up_a_lowering_that_does_not_build(machine: Machine) -> None:
-    FakePlugins(machine)
+    Plugins(machine)
     broken: list[bool] = []
 
     def during() -> None:
@@ -638,14 +608,14 @@ def test_auto_gives_up_a_lowering_that_does_not_build(machine: Machine) -> None:
         broken.append(True)
 
     machine.behaviour.during_build = during
-    report = machine.build(attention="auto")
+    report = machine.build(machine.half, attention="auto")
     assert report.manifest.lowering == "native"
     assert "plugin attention was given up" in report.notes[0]
     assert "plugin failed" in report.notes[0]
 
 
 def test_a_model_without_windows_is_all_native(machine: Machine) -> None:
-    FakePlugins(machine)
+    Plugins(machine)
     report = machine.build(_attention_file(machine.folder / "full.onnx", "Attention", ""), attention="auto")
     assert report.notes == ("the model has no window attention: all attention is TensorRT's own",)
     assert (report.manifest.plan, report.manifest.layer_check["attention_found"]) == (None, 1)

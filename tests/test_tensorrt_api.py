@@ -149,7 +149,7 @@ def _required() -> set[str]:
 def _answers(version: str) -> dict[str, Any]:
     """One process per version answers every question, as starting it takes most of the time."""
     members = [name.split(".") for name in _required()] + [list(pair) for pair in tensorrt_api.OPTIONAL_MEMBERS]
-    code = BEGIN + CHECK + MEMBERS + FLAGS + TYPES + CALLBACKS + END
+    code = BEGIN + PLUGIN + CHECK + MEMBERS + FLAGS + TYPES + CALLBACKS + END
     answers: dict[str, Any] = json.loads(run_with_bindings(version, code, json.dumps(_uses()), json.dumps(members)))
     return answers
 
@@ -296,6 +296,12 @@ def test_the_stand_in_has_no_name_that_the_bindings_lack(version: str) -> None:
     assert json.loads(run_with_bindings(version, BEGIN + CHECK + END, json.dumps(uses)))["problems"] == []
 
 
+# TensorRT greets on stdout; one that came before the JSON would break the reading of the answers.
+PLUGIN = """
+from t3compile.export.tensorrt_api import stdout_to_stderr
+with stdout_to_stderr():
+    import tensorrt.plugin
+"""
 TYPES = """
 from t3compile.export.tensorrt_api import TORCH_DTYPES
 members = {name: getattr(trt.DataType, name) for name in TORCH_DTYPES}

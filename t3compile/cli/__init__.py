@@ -9,6 +9,7 @@ import click
 
 from t3compile.cli.engine_commands import build_engine
 from t3compile.cli.export_commands import export, run
+from t3compile.cli.kernel_commands import kernels
 from t3compile.cli.model_commands import cost, inspect, plan, rewrite, verify
 
 
@@ -21,5 +22,5 @@ def main() -> None:
     """
 
 
-for _command in (inspect, plan, cost, rewrite, verify, export, build_engine, run):
+for _command in (inspect, plan, cost, rewrite, verify, export, build_engine, run, kernels):
     main.add_command(_command)
