@@ -21,16 +21,20 @@ import onnxruntime
 import pytest
 import torch
 from click.testing import CliRunner
+from onnx.reference import ReferenceEvaluator
 
 import t3compile
 from t3compile.cli import main
 from t3compile.errors import EngineError, ExportError, KernelError, OutputError
+from t3compile.execute import execute
 from t3compile.export import prepare_plugins, tensorrt_api, tensorrt_session
 from t3compile.export.build_engine import EngineReport, build_engine
 from t3compile.export.build_network import BuildSettings
 from t3compile.export.cuda_device import CudaDevice
 from t3compile.export.engine_manifest import hash_file, read_manifest
 from t3compile.export.plugin_layers import PluginLayers
+from t3compile.inputs import named_inputs
+from t3compile.passes.mix_precision import MixPrecision
 from t3compile.pipeline import detect, export_onnx, rewrite
 from t3compile.plan import make_plan
 from t3compile.program import Program, trace
@@ -288,6 +292,30 @@ def test_a_program_without_weights_in_its_engine_is_refused(machine: Machine, pr
     with pytest.raises(ExportError, match="t3compile export"):
         t3compile.build_engine(program, machine.engine, settings=BuildSettings(strip_weights=True))
     assert machine.written == []
+
+
+def test_bfloat16_is_of_products_alone_and_errs_as_torch_in_bfloat16(machine: Machine, program: Program) -> None:
+    """onnxruntime's CPU has no bfloat16 kernels: onnx's own reference runs the file."""
+    model = onnx.load(machine.half)
+    types_ = {v.name: v.type.tensor_type.elem_type for v in [*model.graph.value_info, *model.graph.input]}
+    types_ |= {i.name: i.data_type for i in model.graph.initializer}
+    float32, half = onnx.TensorProto.FLOAT, onnx.TensorProto.BFLOAT16
+    read: dict[str, set[int]] = {}
+    for node in model.graph.node:
+        kinds = {types_[name] for name in node.input if name and types_[name] in (float32, half)}
+        read.setdefault("t3" if node.domain == "t3" else node.op_type, set()).update(kinds)
+    assert all(read[op_type] == {half} for op_type in ("MatMul", "Attention", "t3", "Conv"))
+    assert all(read[op_type] == {float32} for op_type in ("LayerNormalization", "RMSNormalization", "Cos", "Sin"))
+    inputs = named_inputs(program)
+    feeds = {name: value.numpy() for name, value in inputs.items()}
+    found = torch.from_numpy(ReferenceEvaluator(model).run(None, feeds)[0]).double()
+    (exact,) = execute(program, inputs, float64=True)
+    (plain,) = execute(MixPrecision("bfloat16")(program).program, inputs)
+    torch_error = float((plain.double() - exact).abs().max())
+    error = float((found - exact).abs().max())
+    step = torch.finfo(torch.bfloat16).eps * float(exact.abs().max())
+    # Not by chance in float32, and no worse than torch in the same dtype.
+    assert 1e-4 * float(exact.abs().max()) < error <= 2 * torch_error + step
 
 
 # --- failures ------------------------------------------------------------------------------------
