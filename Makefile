@@ -3,6 +3,8 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c 'import sys;
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Bindings alone (1.2 MB each): tests check names and signatures against them, with a stub in the place of libnvinfer.
+TENSORRT_VERSIONS := tests/tensorrt_versions.txt
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo bench speed test models check lint types imports wheel clean
@@ -12,11 +14,15 @@ help: ## List the targets
 
 setup: $(STAMP) ## Create .venv with the pinned dependencies
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(TENSORRT_VERSIONS)
 	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 found; name one: make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cpu,diffusers,dev]'
+	@for v in $$(cat $(TENSORRT_VERSIONS)); do \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/tensorrt/$$v \
+	    tensorrt_cu13_bindings==$$v || echo "no bindings of TensorRT $$v for this Python: tests that read them skip"; \
+	done
 	@touch $@
 
 demo: $(STAMP) ## The whole line on Wan2.1-T2V-1.3B's configuration: load, rewrite, verify, export, run (about two minutes)

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from t3compile.aoti import export_aoti
+    from t3compile.building import build_engine
     from t3compile.capturing import capture
     from t3compile.cost import plan_cost
     from t3compile.errors import T3CompileError
@@ -14,7 +15,16 @@ if TYPE_CHECKING:
     from t3compile.geometry import Splits, TokenGrid
     from t3compile.inputs import VideoSize
     from t3compile.pattern import Schedule, WindowPattern
-    from t3compile.pipeline import detect, export_onnx, load_engine, load_program, rewrite, trace, verify
+    from t3compile.pipeline import (
+        build_kernels,
+        detect,
+        export_onnx,
+        load_engine,
+        load_program,
+        rewrite,
+        trace,
+        verify,
+    )
     from t3compile.plan import Plan, make_plan
     from t3compile.probing import ProbeReport, probe
     from t3compile.program import Program
@@ -38,6 +48,8 @@ _HOMES = {
     "VideoSize": "inputs",
     "WindowPattern": "pattern",
     "as_transformer": "transformer",
+    "build_engine": "building",
+    "build_kernels": "pipeline",
     "capture": "capturing",
     "deploy_triton_server": "export.triton_server",
     "detect": "pipeline",
@@ -66,6 +78,8 @@ __all__ = [
     "VideoSize",
     "WindowPattern",
     "as_transformer",
+    "build_engine",
+    "build_kernels",
     "capture",
     "deploy_triton_server",
     "detect",

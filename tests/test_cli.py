@@ -20,7 +20,19 @@ from click.testing import CliRunner, Result
 from t3compile.cli import main
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = ("inspect", "plan", "cost", "rewrite", "verify", "export", "run", "deploy", "doctor")
+COMMANDS = (
+    "inspect",
+    "plan",
+    "cost",
+    "rewrite",
+    "verify",
+    "export",
+    "build-engine",
+    "run",
+    "kernels",
+    "deploy",
+    "doctor",
+)
 CONFIG = {
     "_class_name": "WanTransformer3DModel",
     "patch_size": [1, 2, 2],

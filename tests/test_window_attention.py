@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import t3compile.ops.window_attention as implementation
+import t3compile.ops.regrouped_attention as implementation
 from t3compile.errors import PatternError
 from t3compile.geometry import Splits, TokenGrid
 from t3compile.ops import WINDOW_ATTENTION, WindowAttentionArgs

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 )
 @click.option(
     "--precision",
-    type=click.Choice(["float32", "float16"]),
+    type=click.Choice(["float32", "float16", "bfloat16"]),
     help="Dtype of weights and matrix products; default: as traced.",
 )
 @click.option(

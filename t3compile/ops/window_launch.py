@@ -11,7 +11,7 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
-from t3compile.ops.window_attention import WindowAttentionArgs
+from t3compile.ops.window_arguments import WindowAttentionArgs
 from t3compile.pattern import Branch
 
 INT32_MAX = 2**31 - 1
@@ -92,11 +92,11 @@ class WindowLaunch:
 
     def programs(self, tile: Tile) -> int:
         """GPU programs of the launch: per batch element and head, the tiles of all windows and of the extra queries."""
-        return self.batch * self.heads * self._tiles_per_head(tile)
+        window_tiles = self.windows * self._tiles_per_window(tile)
+        return self.batch * self.heads * (window_tiles + self._extra_tiles(tile))
 
-    def _tiles_per_head(self, tile: Tile) -> int:
-        extra = -(-self.args.extra_queries // tile.block_m)
-        return self.windows * self._tiles_per_window(tile) + extra
+    def _extra_tiles(self, tile: Tile) -> int:
+        return -(-self.args.extra_queries // tile.block_m)
 
     def _tiles_per_window(self, tile: Tile) -> int:
         return -(-self.args.pattern.largest_window_tokens(self.args.grid) // tile.block_m)
@@ -143,7 +143,8 @@ class WindowLaunch:
             "MASK_KEY": mask.key,
             "IS_BOOL_MASK": mask.dtype == "bool",
             "TILES_PER_WINDOW": self._tiles_per_window(tile),
-            "TILES_PER_HEAD": self._tiles_per_head(tile),
+            "EXTRA_TILES": self._extra_tiles(tile),
+            "EXTRA_PROGRAMS": self.batch * self.heads * self._extra_tiles(tile),
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,
             "BLOCK_D": _block_depth(self.head_dim),
