@@ -10,8 +10,8 @@ from typing import Any
 from t3compile.errors import EngineError
 from t3compile.export.build_progress import BuildProgress, Phases, make_progress_monitor, run_cancellable
 from t3compile.export.cuda_device import CudaDevice
+from t3compile.export.engine_inputs import EngineInput
 from t3compile.export.engine_layers import AttentionNode, LayerCheck, check_layers
-from t3compile.export.engine_manifest import TensorSpec
 from t3compile.export.tensorrt_api import Messages, TensorRT, make_logger
 from t3compile.export.tensorrt_network import parse_network
 from t3compile.export.tensorrt_session import deserialize, read_tensors
@@ -52,8 +52,8 @@ class Built:
 
     engine: Path
     source: Path
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
+    inputs: tuple[EngineInput, ...]
+    outputs: tuple[EngineInput, ...]
     layers_json: str
     check: LayerCheck
     tf32: bool
@@ -178,7 +178,7 @@ def make_stream_writer(trt: Any, file: Any) -> Any:
 
 def _inspect(
     tensorrt: TensorRT, path: Path, logger: Any, messages: Messages
-) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...], str]:
+) -> tuple[tuple[EngineInput, ...], tuple[EngineInput, ...], str]:
     engine, runtime = deserialize(tensorrt, path, logger, messages)
     inspector = engine.create_engine_inspector()
     text = str(inspector.get_engine_information(tensorrt.member("LayerInformationFormat", "JSON")))

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from t3compile.errors import EngineError
-from t3compile.export.engine_manifest import TensorSpec
+from t3compile.export.engine_inputs import EngineInput
 
 Launch = Callable[[], None]
 
@@ -25,7 +25,7 @@ class DeviceMemory(Protocol):
         """The stream's handle."""
         ...
 
-    def allocate(self, spec: TensorSpec) -> int:
+    def allocate(self, spec: EngineInput) -> int:
         """The address of a new buffer for a tensor; it lives as long as this object."""
         ...
 
@@ -68,7 +68,7 @@ class TorchMemory:
     def stream(self) -> int:
         return int(self._stream.cuda_stream)
 
-    def allocate(self, spec: TensorSpec) -> int:
+    def allocate(self, spec: EngineInput) -> int:
         buffer = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=self._device)
         # TensorRT wants an address even of an empty tensor.
         buffer = buffer if buffer.numel() else torch.empty(1, dtype=buffer.dtype, device=self._device)
@@ -105,7 +105,7 @@ class CudaPythonMemory:
 
     def __init__(self, runtime: Any, index: int) -> None:
         self._runtime = runtime
-        self._specs: dict[int, TensorSpec] = {}
+        self._specs: dict[int, EngineInput] = {}
         self._call("cudaSetDevice", index)
         self._stream = self._call("cudaStreamCreate")
 
@@ -113,7 +113,7 @@ class CudaPythonMemory:
     def stream(self) -> int:
         return int(self._stream)
 
-    def allocate(self, spec: TensorSpec) -> int:
+    def allocate(self, spec: EngineInput) -> int:
         bytes_needed = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="meta").nbytes
         address = int(self._call("cudaMalloc", max(bytes_needed, 1)))
         self._specs[address] = spec

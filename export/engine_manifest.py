@@ -12,6 +12,7 @@ from typing import Any
 import onnx_ir as ir
 
 from t3compile.errors import EngineError
+from t3compile.export.engine_inputs import EngineInput
 from t3compile.export.onnx_engine import external_tensors
 
 MANIFEST_SUFFIX = ".manifest.json"
@@ -19,18 +20,6 @@ LAYERS_SUFFIX = ".layers.json"
 FORMAT = 1
 
 _BLOCK_BYTES = 1 << 22
-
-
-@dataclass(frozen=True)
-class TensorSpec:
-    """An input or output of an engine: name, fixed shape, and torch's name of its dtype."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    def __str__(self) -> str:
-        return f"{self.name} {list(self.shape)} {self.dtype}"
 
 
 @dataclass(frozen=True)
@@ -77,8 +66,8 @@ class EngineManifest:
     driver_cuda: str
     precision: str
     lowering: str
-    inputs: tuple[TensorSpec, ...]
-    outputs: tuple[TensorSpec, ...]
+    inputs: tuple[EngineInput, ...]
+    outputs: tuple[EngineInput, ...]
     sites: tuple[SiteLowering, ...]
     plugins: tuple[PluginKernel, ...]
     onnx: SourceFiles
@@ -110,7 +99,7 @@ class EngineManifest:
                 )
             for name in ("inputs", "outputs"):
                 rows = fields[name]
-                fields[name] = tuple(TensorSpec(r["name"], tuple(map(int, r["shape"])), r["dtype"]) for r in rows)
+                fields[name] = tuple(EngineInput(r["name"], tuple(map(int, r["shape"])), r["dtype"]) for r in rows)
             fields["sites"] = tuple(SiteLowering(**row) for row in fields["sites"])
             fields["plugins"] = tuple(PluginKernel(**row) for row in fields["plugins"])
             fields["onnx"] = SourceFiles(**fields["onnx"])

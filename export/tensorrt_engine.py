@@ -6,24 +6,19 @@ bindings, and its flow against a recording stand-in.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from t3compile.errors import EngineError, InputsError
+from t3compile.errors import EngineError
 from t3compile.export.cuda_device import CudaDevice
-from t3compile.export.engine_manifest import EngineManifest, TensorSpec, hash_file, read_manifest
-from t3compile.export.name_inputs import name_inputs
+from t3compile.export.engine_inputs import FROZEN_PROPERTY, bind_engine_inputs, check_tensor, read_frozen
+from t3compile.export.engine_manifest import EngineManifest, hash_file, read_manifest
 from t3compile.export.tensorrt_api import TensorRT, load_tensorrt_and_device, parse_version
 from t3compile.export.tensorrt_session import TensorRTSession
-
-# The ONNX file's entry with the arguments that a trace fixed.
-_FROZEN = "t3compile_frozen"
 
 
 class TensorRTEngine:
@@ -85,12 +80,11 @@ class TensorRTEngine:
     @property
     def frozen(self) -> Mapping[str, object] | None:
         """Arguments that the trace fixed, by forward's names; None where the ONNX file did not tell."""
-        text = self.manifest.metadata.get(_FROZEN)
-        return None if text is None else json.loads(text)
+        return read_frozen(self.manifest.metadata.get(FROZEN_PROPERTY))
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        given = bind_inputs(self.inputs, args, kwargs)
-        tensors = {spec.name: check_input(spec, given[spec.name]) for spec in self.inputs}
+        given = bind_engine_inputs(self.inputs, args, kwargs)
+        tensors = {spec.name: check_tensor(spec, given[spec.name]) for spec in self.inputs}
         by_name = dict(zip((spec.name for spec in self._session.outputs), self._session.run(tensors), strict=True))
         outputs: list[Any] = [by_name[name] for name in self.output_names]
         if not any(isinstance(value, Tensor) and value.is_cuda for value in given.values()):
@@ -144,33 +138,3 @@ def _notes(manifest: EngineManifest, session: TensorRTSession) -> tuple[str, ...
     if session.weight_streaming_budget is not None:
         notes.append(f"{session.weight_streaming_budget:,} bytes of weights stay on the GPU, the rest is streamed")
     return tuple(notes)
-
-
-def bind_inputs(specs: tuple[TensorSpec, ...], args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-    """Every input by name; InputsError for unknown, missing or doubled ones."""
-    expected = ", ".join(map(str, specs))
-    known = [spec.name for spec in specs]
-    named = name_inputs(args, kwargs, known, expected)
-    for name in named:
-        if name not in known:
-            raise InputsError(f"unknown input '{name}'; the engine's inputs are {expected}")
-    for name in known:
-        if name not in named:
-            raise InputsError(f"input '{name}' is missing; the engine's inputs are {expected}")
-    return named
-
-
-def check_input(spec: TensorSpec, value: Any) -> Tensor:
-    """A value as a tensor of the input's shape and dtype; InputsError names the input, what came and what is due."""
-    try:
-        tensor = value if isinstance(value, Tensor) else torch.from_numpy(np.array(value))
-    except (TypeError, ValueError):
-        raise InputsError(f"input '{spec.name}' is {type(value).__name__}, expected a tensor or an array") from None
-    if tensor.is_complex():
-        tensor = torch.view_as_real(tensor.resolve_conj())
-    dtype = str(tensor.dtype).removeprefix("torch.")
-    if dtype != spec.dtype:
-        raise InputsError(f"input '{spec.name}' has dtype {dtype}, expected {spec.dtype}")
-    if tuple(tensor.shape) != spec.shape:
-        raise InputsError(f"input '{spec.name}' has shape {list(tensor.shape)}, expected {list(spec.shape)}")
-    return tensor.detach()

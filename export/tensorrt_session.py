@@ -17,7 +17,7 @@ from torch import Tensor
 
 from t3compile.errors import EngineError
 from t3compile.export.cuda_memory import DeviceMemory, Launch, open_device_memory
-from t3compile.export.engine_manifest import TensorSpec
+from t3compile.export.engine_inputs import EngineInput
 from t3compile.export.tensorrt_api import TORCH_DTYPES, Messages, TensorRT, make_logger
 
 _WARM_UPS, _TIMED = 3, 10
@@ -37,16 +37,16 @@ def deserialize(tensorrt: TensorRT, path: Path, logger: Any, messages: Messages)
     return engine, runtime
 
 
-def read_tensors(tensorrt: TensorRT, engine: Any) -> tuple[tuple[TensorSpec, ...], tuple[TensorSpec, ...]]:
+def read_tensors(tensorrt: TensorRT, engine: Any) -> tuple[tuple[EngineInput, ...], tuple[EngineInput, ...]]:
     """Inputs and outputs of an engine, in its order."""
-    sides: dict[bool, list[TensorSpec]] = {True: [], False: []}
+    sides: dict[bool, list[EngineInput]] = {True: [], False: []}
     taken = tensorrt.member("TensorIOMode", "INPUT")
     for i in range(engine.num_io_tensors):
         name = engine.get_tensor_name(i)
         dtype = engine.get_tensor_dtype(name).name
         if dtype not in TORCH_DTYPES:
             raise EngineError(f"tensor '{name}' of the engine has type {dtype}, which torch does not have")
-        spec = TensorSpec(name, tuple(map(int, engine.get_tensor_shape(name))), TORCH_DTYPES[dtype])
+        spec = EngineInput(name, tuple(map(int, engine.get_tensor_shape(name))), TORCH_DTYPES[dtype])
         sides[engine.get_tensor_mode(name) == taken].append(spec)
     return tuple(sides[True]), tuple(sides[False])
 
@@ -147,7 +147,7 @@ class TensorRTSession:
             raise EngineError(f"TensorRT cannot run the engine: {self._messages.last_error}")
 
 
-def _sample(spec: TensorSpec) -> Tensor:
+def _sample(spec: EngineInput) -> Tensor:
     """Seeded values: normal for floats, zero for the rest, which may be indices."""
     dtype = getattr(torch, spec.dtype)
     if not dtype.is_floating_point:

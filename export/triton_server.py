@@ -5,11 +5,9 @@ Written by the server's documented model configuration; no server has loaded suc
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -17,6 +15,8 @@ from typing import Any, Literal
 import onnx_ir as ir
 
 from t3compile.errors import EngineError, ExportError, OutputError
+from t3compile.export.engine_inputs import EngineInput
+from t3compile.export.engine_manifest import MANIFEST_SUFFIX, manifest_path, read_manifest
 from t3compile.export.onnx_engine import check_onnx_file, external_tensors
 from t3compile.export.triton_config import DATA_TYPES, InstanceKind, ServedTensor, ServerConfig
 from t3compile.files import staged_folder
@@ -27,13 +27,11 @@ Accelerator = Literal["cuda", "tensorrt"]
 
 ONNX_FILE = "model.onnx"
 PLAN_FILE = "model.plan"
-MANIFEST_SUFFIX = ".manifest.json"
 
 _KINDS: dict[Device, InstanceKind] = {"auto": "KIND_AUTO", "cpu": "KIND_CPU", "gpu": "KIND_GPU"}
 # Types of a TensorRT engine's inputs and outputs that the server's backend knows.
 _TENSORRT_TYPES = ("float32", "float16", "bfloat16", "int8", "uint8", "int32", "int64", "bool")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,199}")
-_BUILT_FOR = {"tensorrt_version": "TensorRT", "compute_capability": "compute capability"}
 _PRECISION_MODES = {ir.DataType.FLOAT16: "FP16", ir.DataType.BFLOAT16: "BF16"}
 
 
@@ -90,7 +88,7 @@ def deploy_triton_server(
     instances: int = 1,
     device: Device = "auto",
     accelerator: Accelerator | None = None,
-    copy: bool = False,
+    link: bool = False,
     force: bool = False,
 ) -> Deployment:
     """Write ``repository``/``name``/config.pbtxt and ``repository``/``name``/``version``/model.onnx or model.plan.
@@ -99,7 +97,8 @@ def deploy_triton_server(
     engine with its manifest ``model``.manifest.json beside it (tensorrt backend), told by content. ``name`` defaults
     to the file's stem. ``device`` "auto" lets the server take a GPU where it has one; an engine always needs one.
     ``accelerator`` is the execution provider of ONNX Runtime on a GPU: "cuda", the default, or "tensorrt". Files are
-    hard links to the model's where the file system allows, else or with ``copy`` copies. A model of that name is
+    copies, or with ``link`` hard links where the file system allows (the onnx package refuses weights in a file that
+    has several links, the model's own too). A model of that name is
     replaced only with ``force``, and its other versions stay, if lower.
 
     Raises EngineError for a file that is neither, ExportError for what the server cannot serve, OutputError where
@@ -116,7 +115,7 @@ def deploy_triton_server(
         config = _onnxruntime_config(source, name, instances, device, accelerator)
     target = repository / name
     _check_versions(target, version, force)
-    linked = _write(source, config, target, version, copy)
+    linked = _write(source, config, target, version, link)
     return Deployment(target, version, config, linked)
 
 
@@ -204,63 +203,36 @@ def _served(name: str, side: str, dtype: str, dims: tuple[int, ...]) -> ServedTe
 
 
 def _read_tensorrt_engine(path: Path) -> _Source:
-    manifest_path = path.with_name(path.name + MANIFEST_SUFFIX)
-    manifest = _read_manifest(path, manifest_path)
-    if manifest.get("stripped"):
+    manifest = read_manifest(path)
+    if manifest.stripped:
         raise ExportError(
             f"'{path}' has no weights (--strip-weights), and the server cannot put them in: build the engine with them"
         )
-    bytes_there, bytes_told = path.stat().st_size, manifest.get("engine_bytes")
-    if bytes_told is not None and bytes_told != bytes_there:
-        raise EngineError(
-            f"'{path}' has {bytes_there} bytes and its manifest describes an engine of {bytes_told}: copy both again"
-        )
-    notes = []
-    built = [f"{what} {manifest[key]}" for key, what in _BUILT_FOR.items() if manifest.get(key)]
-    if built:
-        notes.append(f"built for {' and '.join(built)}: the server needs the same")
-    if manifest.get("weight_streaming"):
+    notes = [
+        f"built for TensorRT {manifest.tensorrt_version} and compute capability {manifest.compute_capability}: the "
+        "server needs the same"
+    ]
+    if manifest.weight_streaming:
         notes.append("weight streaming is off in the server, whose backend sets no budget: all weights stay on the GPU")
-    files = ((path.resolve(), PLAN_FILE), (manifest_path.resolve(), PLAN_FILE + MANIFEST_SUFFIX))
-    inputs, outputs = (_manifest_tensors(manifest, side, manifest_path) for side in ("inputs", "outputs"))
+    files = ((path.resolve(), PLAN_FILE), (manifest_path(path).resolve(), PLAN_FILE + MANIFEST_SUFFIX))
+    inputs, outputs = (
+        tuple(_engine_tensor(tensor, side) for tensor in tensors)
+        for side, tensors in (("input", manifest.inputs), ("output", manifest.outputs))
+    )
     return _Source(inputs, outputs, files, tuple(notes))
 
 
-def _read_manifest(engine: Path, path: Path) -> dict[str, Any]:
-    try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise EngineError(
-            f"the TensorRT engine '{engine}' has no manifest '{path.name}' beside it, which names its inputs and "
-            "outputs: build it with 't3compile build-engine', or copy both files"
-        ) from None
-    except (OSError, ValueError) as error:
-        raise EngineError(f"cannot read the manifest '{path}' as JSON ({error}); copy it again") from None
-    if not isinstance(manifest, dict):
-        raise EngineError(f"the manifest '{path}' is not a JSON object; copy it again")
-    return manifest
-
-
-def _manifest_tensors(manifest: Mapping[str, Any], side: str, path: Path) -> tuple[ServedTensor, ...]:
-    try:
-        rows = [(str(row["name"]), tuple(map(int, row["shape"])), str(row["dtype"])) for row in manifest[side]]
-    except (KeyError, TypeError, ValueError):
-        raise EngineError(
-            f"the manifest '{path}' does not list {side} by name, shape and dtype; build the engine again with "
-            "'t3compile build-engine'"
-        ) from None
-    tensors = []
-    for name, shape, dtype in rows:
-        what = side.removesuffix("s")
-        if dtype in DATA_TYPES and dtype not in _TENSORRT_TYPES:
-            raise ExportError(f"{what} '{name}' has dtype {dtype}, which the server's tensorrt backend does not know")
-        if not shape:
-            raise ExportError(
-                f"{what} '{name}' is a scalar, which the server's tensorrt backend cannot serve: build the engine "
-                "from a model that takes it with shape [1], or deploy the .onnx"
-            )
-        tensors.append(_served(name, what, dtype, shape))
-    return tuple(tensors)
+def _engine_tensor(tensor: EngineInput, side: str) -> ServedTensor:
+    if tensor.dtype in DATA_TYPES and tensor.dtype not in _TENSORRT_TYPES:
+        raise ExportError(
+            f"{side} '{tensor.name}' has dtype {tensor.dtype}, which the server's tensorrt backend does not know"
+        )
+    if not tensor.shape:
+        raise ExportError(
+            f"{side} '{tensor.name}' is a scalar, which the server's tensorrt backend cannot serve: build the engine "
+            "from a model that takes it with shape [1], or deploy the .onnx"
+        )
+    return _served(tensor.name, side, tensor.dtype, tuple(map(int, tensor.shape)))
 
 
 # --- how it is served ----------------------------------------------------------------------------
@@ -327,7 +299,7 @@ def _check_versions(target: Path, version: int, force: bool) -> None:
         )
 
 
-def _write(source: _Source, config: ServerConfig, target: Path, version: int, copy: bool) -> bool:
+def _write(source: _Source, config: ServerConfig, target: Path, version: int, link: bool) -> bool:
     """Make the model's folder beside and rename it; whether all files are hard links."""
     repository = target.parent
     made = not repository.exists()
@@ -335,7 +307,7 @@ def _write(source: _Source, config: ServerConfig, target: Path, version: int, co
         if made:
             repository.mkdir()
         same_disk = all(path.stat().st_dev == repository.stat().st_dev for path, _ in source.files)
-        needed = 0 if same_disk and not copy else source.size_bytes
+        needed = 0 if same_disk and link else source.size_bytes
     except OSError as error:
         raise OutputError(f"cannot write '{target}': {error.strerror} ('{error.filename}')") from None
     try:
@@ -344,7 +316,7 @@ def _write(source: _Source, config: ServerConfig, target: Path, version: int, co
                 _keep_other_versions(target, stage, version)
             folder = stage / str(version)
             folder.mkdir()
-            linked = [_place(path, folder / name, copy) for path, name in source.files]
+            linked = [_place(path, folder / name, link) for path, name in source.files]
             (stage / "config.pbtxt").write_text(config.to_pbtxt(), encoding="utf-8")
     except BaseException:
         if made:
@@ -370,10 +342,10 @@ def _keep_other_versions(old: Path, stage: Path, version: int) -> None:
             _place(entry, stage / entry.name)
 
 
-def _place(source: str | Path, target: str | Path, copy: bool = False) -> bool:
-    """Hard link or copy a file; whether it is a link."""
+def _place(source: str | Path, target: str | Path, link: bool = True) -> bool:
+    """Hard link, where that can be, or copy a file; whether it is a link."""
     Path(target).parent.mkdir(parents=True, exist_ok=True)
-    if not copy:
+    if link:
         try:
             os.link(source, target, follow_symlinks=False)
         except OSError:

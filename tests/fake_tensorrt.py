@@ -20,7 +20,7 @@ import onnx
 import torch
 from torch import Tensor
 
-from t3compile.export.engine_manifest import TensorSpec
+from t3compile.export.engine_inputs import EngineInput
 
 MAGIC = b"ftrt"
 _TYPES = {
@@ -71,7 +71,7 @@ class FakeMemory:
     def __init__(self, index: int) -> None:
         self.replays = 0
 
-    def allocate(self, spec: TensorSpec) -> int:
+    def allocate(self, spec: EngineInput) -> int:
         dtype = getattr(torch, spec.dtype)
         buffer = torch.full(spec.shape, float("nan") if dtype.is_floating_point else 0, dtype=dtype)
         BUFFERS[buffer.data_ptr()] = buffer

@@ -24,8 +24,9 @@ from t3compile.export.build_network import BuildSettings
 from t3compile.export.build_progress import Phases
 from t3compile.export.cuda_device import CudaDevice, find_cuda_device, read_cuda_device
 from t3compile.export.cuda_memory import CudaPythonMemory, open_device_memory
+from t3compile.export.engine_inputs import EngineInput
 from t3compile.export.engine_layers import AttentionNode, check_layers
-from t3compile.export.engine_manifest import EngineManifest, TensorSpec, manifest_path, read_manifest
+from t3compile.export.engine_manifest import EngineManifest, manifest_path, read_manifest
 from t3compile.export.tensorrt_engine import TensorRTEngine
 from tests.fake_tensorrt import BUFFERS, Behaviour, FakeMemory, make_tensorrt
 
@@ -116,7 +117,7 @@ def test_every_input_and_output_has_an_address(path: Path, behaviour: Behaviour)
 @pytest.mark.parametrize(
     ("args", "kwargs", "text"),
     [
-        ((X, Y), {}, "input 'n' is missing; the engine's inputs are x [2, 3] float32, y [2] bfloat16, n [] int64"),
+        ((X, Y), {}, "input 'n' is missing; the model's inputs are x [2, 3] float32, y [2] bfloat16, n [] int64"),
         ((X, Y, N), {"mask": N}, "unknown input 'mask'"),
         ((X, Y, N), {"x": X}, "input 'x' is given twice"),
         ((X, Y, N, N), {}, "4 inputs were given, the model has 3"),
@@ -194,7 +195,7 @@ def test_a_damaged_engine_gives_tensorrts_reason(path: Path) -> None:
 
 def test_a_manifest_of_another_model_is_refused(path: Path) -> None:
     manifest = read_manifest(path)
-    wrong = dataclasses.replace(manifest, inputs=(TensorSpec("z", (2,), "float32"), *manifest.inputs[1:]))
+    wrong = dataclasses.replace(manifest, inputs=(EngineInput("z", (2,), "float32"), *manifest.inputs[1:]))
     manifest_path(path).write_text(wrong.dumps())
     with pytest.raises(EngineError, match=r"lists inputs z \[2\] float32.* and the engine has x \[2, 3\] float32"):
         TensorRTEngine(path)
@@ -456,7 +457,7 @@ class FakeCudaPython:
 def test_cuda_python_moves_tensors_and_replays_graphs() -> None:
     runtime = FakeCudaPython()
     memory = CudaPythonMemory(runtime, 0)
-    specs = (TensorSpec("x", (2, 3), "float32"), TensorSpec("y", (2,), "bfloat16"), TensorSpec("e", (0,), "float32"))
+    specs = (EngineInput("x", (2, 3), "float32"), EngineInput("y", (2,), "bfloat16"), EngineInput("e", (0,), "float32"))
     x, y, empty = (memory.allocate(spec) for spec in specs)
     strided = X.t().contiguous().t()
     outputs = memory.run([(x, strided), (y, Y)], lambda: None, [x, y, empty])

@@ -6,6 +6,7 @@ No server ran here: the schema is the one its client ships, and onnxruntime runs
 from __future__ import annotations
 
 import errno
+import hashlib
 import importlib.util
 import json
 import os
@@ -29,6 +30,8 @@ import t3compile
 from t3compile.cli import main
 from t3compile.errors import EngineError, ExportError, OutputError, T3CompileError
 from t3compile.export import triton_server
+from t3compile.export.engine_inputs import EngineInput
+from t3compile.export.engine_manifest import EngineManifest, SourceFiles
 from t3compile.export.triton_config import ServedTensor, ServerConfig
 from t3compile.export.triton_server import deploy_triton_server
 from t3compile.pipeline import detect, export_onnx, rewrite
@@ -270,17 +273,31 @@ def test_tensorrt_may_compute_in_the_weights_precision(dtype: int, mode: str, sc
 
 # --- the TensorRT backend ------------------------------------------------------------------------
 
-MANIFEST: dict[str, Any] = {
-    "format": 1,
-    "tensorrt_version": "10.13.3.9",
-    "compute_capability": "9.0",
-    "inputs": [
-        {"name": "latents", "shape": [1, 16, 21, 272, 480], "dtype": "bfloat16"},
-        {"name": "timestep", "shape": [1], "dtype": "int64"},
-    ],
-    "outputs": [{"name": "output", "shape": [1, 16, 21, 272, 480], "dtype": "float16"}],
-}
 ENGINE = b"ftrt" + bytes(range(64))
+SPECS = (EngineInput("latents", (1, 16, 21, 272, 480), "bfloat16"), EngineInput("timestep", (1,), "int64"))
+MANIFEST = EngineManifest(
+    t3compile_version="0.1.0",
+    tensorrt_version="10.13.3.9",
+    compute_capability="9.0",
+    gpu="",
+    driver_cuda="",
+    precision="bfloat16",
+    lowering="native",
+    inputs=SPECS,
+    outputs=(EngineInput("output", (1, 16, 21, 272, 480), "float16"),),
+    sites=(),
+    plugins=(),
+    onnx=SourceFiles("dit.onnx", "0" * 64, {}),
+    engine_sha256=hashlib.sha256(ENGINE).hexdigest(),
+    engine_bytes=len(ENGINE),
+    stripped=False,
+    weight_streaming=False,
+    settings={},
+    layer_check={},
+    times_s={},
+    metadata={},
+    plan=None,
+).to_json()
 
 
 def _engine(folder: Path, **changes: Any) -> Path:
@@ -307,15 +324,15 @@ def test_an_engine_is_served_by_its_manifest(schema: Any, tmp_path: Path) -> Non
     assert (tmp_path / "repo" / "dit" / "2" / "model.plan").read_bytes() == ENGINE
     # The C++ program finds the engine there, too.
     manifest = tmp_path / "repo" / "dit" / "2" / "model.plan.manifest.json"
-    assert json.loads(manifest.read_text()) == MANIFEST
+    assert json.loads(manifest.read_text()) == json.loads(json.dumps(MANIFEST))
     assert done.config.notes == ("built for TensorRT 10.13.3.9 and compute capability 9.0: the server needs the same",)
 
 
 @pytest.mark.parametrize(
     ("changes", "error", "reason"),
     [
-        ({"inputs": None}, EngineError, "does not list inputs by name, shape and dtype"),
-        ({"outputs": [{"name": "y"}]}, EngineError, "does not list outputs by name, shape and dtype"),
+        ({"inputs": None}, EngineError, "is not an engine's manifest, or is damaged"),
+        ({"outputs": [{"name": "y"}]}, EngineError, "is not an engine's manifest, or is damaged"),
         (
             {"inputs": [{"name": "t", "shape": [], "dtype": "float32"}]},
             ExportError,
@@ -348,7 +365,7 @@ def test_an_engine_that_cannot_be_served_is_refused(
 def test_an_engine_without_a_readable_manifest_is_refused(tmp_path: Path) -> None:
     path = _engine(tmp_path)
     manifest = tmp_path / "model.engine.manifest.json"
-    for text, reason in (("{", "as JSON"), ("[]", "is not a JSON object")):
+    for text, reason in (("{", "is damaged"), ("[]", "is damaged")):
         manifest.write_text(text)
         with pytest.raises(EngineError, match=reason):
             deploy_triton_server(path, tmp_path / "repo")
@@ -422,10 +439,10 @@ def test_files_are_links_and_copies_where_asked_or_needed(
         pairs = (("model.onnx", "windows.onnx"), ("windows.onnx.data", "windows.onnx.data"))
         return [(model / "1" / name).stat().st_ino == windows.with_name(old).stat().st_ino for name, old in pairs]
 
-    linked = deploy_triton_server(windows, tmp_path / "repo", name="linked")
+    linked = deploy_triton_server(windows, tmp_path / "repo", name="linked", link=True)
     assert linked.linked
     assert inodes(linked.path) == [True, True]
-    copied = deploy_triton_server(windows, tmp_path / "repo", name="copied", copy=True)
+    copied = deploy_triton_server(windows, tmp_path / "repo", name="copied")
     assert not copied.linked
     assert inodes(copied.path) == [False, False]
 
@@ -433,7 +450,7 @@ def test_files_are_links_and_copies_where_asked_or_needed(
         raise OSError(errno.EXDEV, "Invalid cross-device link")
 
     monkeypatch.setattr(os, "link", refuse)
-    fallen_back = deploy_triton_server(windows, tmp_path / "repo", name="other_disk")
+    fallen_back = deploy_triton_server(windows, tmp_path / "repo", name="other_disk", link=True)
     assert not fallen_back.linked
     assert inodes(fallen_back.path) == [False, False]
     for name in ("copied", "other_disk"):
@@ -588,11 +605,11 @@ def test_an_interrupted_deployment_leaves_what_was(
     before = {name: (tmp_path / name).read_bytes() for name in _files(tmp_path)}
     place, calls = triton_server._place, []
 
-    def interrupted(source: Path, target: Path, copy: bool = False) -> bool:
+    def interrupted(source: Path, target: Path, link: bool = True) -> bool:
         calls.append(target)
         if str(target).endswith("2/windows.onnx.data"):
             raise error
-        return place(source, target, copy)
+        return place(source, target, link)
 
     monkeypatch.setattr(triton_server, "_place", interrupted)
     with pytest.raises(OutputError if isinstance(error, OSError) else type(error)):
@@ -653,9 +670,9 @@ def test_a_full_disk_is_told_before_copying(windows: Path, tmp_path: Path, monke
     free = shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: free)
     with pytest.raises(OutputError, match="make room or write elsewhere"):
-        deploy_triton_server(windows, tmp_path / "repo", copy=True)
+        deploy_triton_server(windows, tmp_path / "repo")
     assert not (tmp_path / "repo").exists()
-    assert deploy_triton_server(windows, tmp_path / "repo").linked
+    assert deploy_triton_server(windows, tmp_path / "repo", link=True).linked
 
 
 # --- the command line ----------------------------------------------------------------------------
@@ -669,15 +686,15 @@ def test_the_command_says_what_it_wrote(windows: Path, tmp_path: Path) -> None:
     assert result["path"] == str(tmp_path / "repo" / "dit")
     assert (result["backend"], result["kind"], result["instances"]) == ("onnxruntime", "KIND_CPU", 2)
     assert result["inputs"][1] == {"name": "t", "data_type": "TYPE_FP32", "dims": [1]}
-    assert (result["accelerator"], result["linked"]) == (None, True)
-    assert "weights linked" in done.stderr
+    assert (result["accelerator"], result["linked"]) == (None, False)
+    assert "weights copied" in done.stderr
     again = CliRunner().invoke(main, arguments)
     assert again.exit_code == 2
     assert again.stderr.startswith("error: the repository has a model 'dit' already")
-    table = CliRunner().invoke(main, [*arguments, "--force", "--copy"])
+    table = CliRunner().invoke(main, [*arguments, "--force", "--link"])
     assert table.exit_code == 0, table.stderr
     assert "[1, 4, 2, 8, 8]" in table.stdout
-    assert "weights copied" in table.stderr
+    assert "weights linked" in table.stderr
 
 
 def test_it_is_public() -> None:

@@ -33,7 +33,7 @@ def deploy() -> None:
     type=click.Choice(["cuda", "tensorrt"]),
     help="For an .onnx on a GPU, the execution provider; default: cuda.",
 )
-@click.option("--copy", is_flag=True, help="Copy files instead of linking them.")
+@click.option("--link", is_flag=True, help="Hard links, not copies; Python's onnx then refuses MODEL's weights.")
 @click.option("--force", is_flag=True, help="Replace a model of that name; its lower versions stay.")
 @json_option
 @shielded
@@ -45,7 +45,7 @@ def triton_server(
     instances: int,
     device: Any,
     accelerator: Any,
-    copy: bool,
+    link: bool,
     force: bool,
     as_json: bool,
 ) -> None:
@@ -61,7 +61,7 @@ def triton_server(
         instances=instances,
         device=device,
         accelerator=accelerator,
-        copy=copy,
+        link=link,
         force=force,
     )
     config = done.config
