@@ -117,7 +117,7 @@ def keys_of_onnx(path: Path, given: GivenNumbers) -> KernelSource:
     keys = [key for _, key in window_functions(model)]
     if not keys:
         raise KernelError(
-            f"'{path}' holds no window attention function: export a rewritten model without --inline and build from that"
+            f"'{path}' holds no window attention function: export a rewritten model, without --inline, and use that"
         )
     return KernelSource(str(path), _distinct(keys), names_functions=True)
 
