@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     from t3compile.errors import T3CompileError
     from t3compile.geometry import Splits, TokenGrid
     from t3compile.inputs import VideoSize
+    from t3compile.ops.dispatch import record_paths
     from t3compile.pattern import Schedule, WindowPattern
     from t3compile.pipeline import (
         build_kernels,
@@ -52,6 +53,7 @@ _HOMES = {
     "make_plan": "plan",
     "plan_cost": "cost",
     "probe": "probing",
+    "record_paths": "ops.dispatch",
     "rewrite": "pipeline",
     "trace": "pipeline",
     "verify": "pipeline",
@@ -78,6 +80,7 @@ __all__ = [
     "make_plan",
     "plan_cost",
     "probe",
+    "record_paths",
     "rewrite",
     "trace",
     "verify",
