@@ -44,7 +44,7 @@ pytest.importorskip("triton", reason="needs triton: pip install 't3compile[kerne
 ROOT = Path(__file__).parents[1]
 GRID = TokenGrid(2, 8, 12)
 PATTERN = WindowPattern(Splits(1, 2, 3))
-ONE_TILE = build_tactics.TileTable((Tile(64, 32, 4, 2),), ())
+TILE = Tile(64, 32, 4, 2)
 
 
 def _plan(path: Path, *patterns: WindowPattern | None) -> Path:
@@ -62,7 +62,8 @@ def plan(tmp_path: Path) -> Path:
 @pytest.fixture
 def one_tile(monkeypatch: pytest.MonkeyPatch) -> None:
     """Offer a single tile, for what does not depend on how many there are."""
-    monkeypatch.setattr(build_tactics, "_TILES", {(2, 64): ONE_TILE})
+    monkeypatch.setattr(build_tactics, "portable_tiles", lambda *_: (TILE,))
+    monkeypatch.setattr(build_tactics, "_SMALLER", {2: ()})
 
 
 def _build(source: Any, output: Path, **options: Any) -> KernelSet:
@@ -159,7 +160,7 @@ def test_the_text_depends_on_launch_and_tile_alone(monkeypatch: pytest.MonkeyPat
     """Not on the caches or settings of the user's triton, whose environment stays as it was."""
     launch = window_launches(FunctionKey(WindowAttentionArgs(GRID, PATTERN), 1, 2, 64, 64, "bfloat16", "attention"))[1]
     compile_anew = compile_launch.__wrapped__
-    plain = compile_anew(launch, Tile(64, 32, 4, 2))
+    plain = compile_anew(launch, TILE)
     settings = {
         "TRITON_DISABLE_LINE_INFO": "0",
         "TRITON_FORCE_DISABLE_FP_FUSION": "1",
@@ -173,7 +174,7 @@ def test_the_text_depends_on_launch_and_tile_alone(monkeypatch: pytest.MonkeyPat
     for name, value in settings.items():
         monkeypatch.setenv(name, value)
     before = dict(os.environ)
-    assert compile_anew(launch, Tile(64, 32, 4, 2)) == plain
+    assert compile_anew(launch, TILE) == plain
     assert dict(os.environ) == before
 
 
@@ -304,7 +305,6 @@ def test_a_model_is_planned_and_rewritten(tmp_path: Path) -> None:
         ("bad.onnx", "is no ONNX file"),
         ("empty.onnx", "holds no window attention function"),
         ("empty.onnx --heads 2 --dtype float16", "has its own shapes and dtypes: leave out --dtype, --heads"),
-        ("plan.json --heads 2 --head-dim 300", "head dims up to 256"),
         ("plan.json --heads 2 --head-dim 64 --arch 81", "gate 'assembles' expected ptxas takes it for sm_81"),
     ],
 )
@@ -353,13 +353,14 @@ def test_a_gate_that_no_tile_mends_ends_the_build(plan: Path, tmp_path: Path, mo
 
 
 def test_smaller_tiles_are_tried_where_none_passes(plan: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    table = build_tactics.TileTable((Tile(64, 64, 4, 2),), (Tile(32, 32, 4, 2), Tile(16, 16, 4, 1)))
-    monkeypatch.setattr(build_tactics, "_TILES", {(2, 64): table})
+    smaller = (TILE, Tile(32, 32, 4, 2), Tile(16, 16, 4, 1))
+    monkeypatch.setattr(build_tactics, "portable_tiles", lambda *_: (TILE,))
+    monkeypatch.setattr(build_tactics, "_SMALLER", {2: smaller})
     launch = window_launches(FunctionKey(WindowAttentionArgs(GRID, PATTERN), 1, 2, 64, 64, "bfloat16", "attention"))[1]
-    monkeypatch.setattr(check_ptx, "SHARED_BYTES_LIMIT", compile_launch(launch, table.smaller[0]).shared_bytes)
+    monkeypatch.setattr(check_ptx, "SHARED_BYTES_LIMIT", compile_launch(launch, smaller[1]).shared_bytes)
     built = _build(plan, tmp_path / "out")
     assert {tactic.kernel.tile for tactic in built.tactics} == {Tile(32, 32, 4, 2)}
-    assert [dropped.tile for _, dropped in built.dropped] == [Tile(64, 64, 4, 2)] * 2
+    assert [dropped.tile for _, dropped in built.dropped] == [TILE] * 2
     manifest = json.loads((tmp_path / "out" / MANIFEST_NAME).read_text())
     assert manifest["functions"][0]["launches"][0]["dropped"][0]["gate"] == "shared memory"
 
