@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 from torch.export import ExportedProgram
 
-from t3compile.cost import joint_pairs
-from t3compile.ops import WINDOW_ATTENTION, WindowAttentionCall
-from t3compile.passes.graph_pass import is_call
+from t3compile.macs import node_macs
 from t3compile.sites import ModelCounts
 
 aten = torch.ops.aten
@@ -48,21 +44,6 @@ def _tensors(value: object) -> list[Tensor]:
 
 def _bytes(value: object) -> int:
     return sum(x.numel() * x.element_size() for x in _tensors(value))
-
-
-def _shape(node: Any) -> tuple[int, ...]:
-    return tuple(int(size) for size in node.meta["val"].shape)
-
-
-def node_macs(node: fx.Node) -> int:
-    """MACs of a matrix product or convolution; 0 for everything else, attention included."""
-    if is_call(node, aten.linear, aten.mm, aten.bmm, aten.matmul):
-        return math.prod(_shape(node)) * _shape(node.args[0])[-1]
-    if is_call(node, aten.addmm, aten.baddbmm):
-        return math.prod(_shape(node)) * _shape(node.args[1])[-1]
-    if is_call(node, aten.conv1d, aten.conv2d, aten.conv3d, aten.convolution):
-        return math.prod(_shape(node)) * math.prod(_shape(node.args[1])[1:])
-    return 0
 
 
 def _peak_activation_bytes(graph: fx.Graph, weights: Mapping[str, object]) -> int:
@@ -107,20 +88,3 @@ def count_model(exported: ExportedProgram) -> ModelCounts:
         peak_activation_bytes=_peak_activation_bytes(exported.graph, weights),
         nodes=len(exported.graph.nodes),
     )
-
-
-def graph_macs(graph: fx.Graph) -> int:
-    """MACs of a whole graph, attention and window attention included."""
-    return sum(node_macs(node) + _attention_macs(node) for node in graph.nodes)
-
-
-def _attention_macs(node: fx.Node) -> int:
-    if is_call(node, aten.scaled_dot_product_attention):
-        q, k, v = (_shape(x) for x in node.args[:3])
-        return math.prod(q[:-1]) * k[-2] * (q[-1] + v[-1])
-    if node.target is WINDOW_ATTENTION:
-        q, _, v = (_shape(x) for x in node.args[:3])
-        args = WindowAttentionCall.read(node.args, node.kwargs).args
-        pairs = joint_pairs(args.grid, args.extra_tokens, args.pattern, extra_queries=args.extra_queries)
-        return math.prod(q[:-2]) * pairs * (q[-1] + v[-1])
-    return 0

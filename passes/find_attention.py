@@ -26,6 +26,7 @@ from t3compile.passes.read_grid import (
     is_tensor_input,
     refine_grid,
 )
+from t3compile.passes.read_mask import GridPlace
 from t3compile.passes.read_values import ValueReader
 from t3compile.passes.track_layout import LayoutTracker
 from t3compile.program import Program, user_input_names
@@ -145,15 +146,10 @@ def _judge(call: AttentionCall, reader: GridReader, masks: GridMasks, hint: Grid
 
 def _under_mask(call: AttentionCall, mask: fx.Node, tokens: _Tokens, masks: GridMasks) -> _Tokens | Refusal:
     """The tokens, with what is assumed of a mask that leaves the grid visible."""
-    reading = masks.read(
-        mask,
-        (*call.shape(call.q)[:3], call.shape(call.k)[2]),
-        query_prefix=tokens.query_prefix,
-        query_suffix=tokens.query_suffix,
-        prefix=tokens.prefix,
-        suffix=tokens.suffix,
-        grid_tokens=tokens.grid.tokens,
+    place = GridPlace(
+        tokens.query_prefix, tokens.query_suffix, tokens.prefix, tokens.suffix, grid_tokens=tokens.grid.tokens
     )
+    reading = masks.read(mask, (*call.shape(call.q)[:3], call.shape(call.k)[2]), place)
     if isinstance(reading, Refusal):
         return reading
     return replace(tokens, masked=True, assumptions=(*tokens.assumptions, *reading))

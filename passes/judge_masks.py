@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx
 
 from t3compile.passes.read_grid import Refusal
-from t3compile.passes.read_mask import MaskReader
+from t3compile.passes.read_mask import GridPlace, MaskReader
 from t3compile.passes.read_values import ValueReader
 from t3compile.program import Program
 
@@ -25,45 +25,25 @@ class GridMasks:
         self._values = values
         self._known: dict[tuple[object, ...], tuple[str, ...] | Refusal] = {}
 
-    def read(
-        self,
-        mask: fx.Node,
-        shape: Sequence[int],
-        *,
-        query_prefix: int,
-        query_suffix: int,
-        prefix: int,
-        suffix: int,
-        grid_tokens: int,
-    ) -> tuple[str, ...] | Refusal:
+    def read(self, mask: fx.Node, shape: Sequence[int], place: GridPlace) -> tuple[str, ...] | Refusal:
         """Assumptions under which grid queries see every grid key alike, and the same other keys; or why they may not.
 
-        ``shape`` is [B, N, Sq, S]; the grid stands behind ``query_prefix`` queries and ``prefix`` keys.
+        ``shape`` is [B, N, Sq, S].
         """
-        place = (query_prefix, query_suffix, prefix, suffix, grid_tokens)
-        key = (mask, *shape, *place)
+        key = (mask, *shape, place)
         if key not in self._known:
             self._known[key] = self._read(mask, shape, place)
         return self._known[key]
 
-    def _read(self, mask: fx.Node, shape: Sequence[int], place: tuple[int, ...]) -> tuple[str, ...] | Refusal:
-        query_prefix, query_suffix, prefix, suffix, grid_tokens = place
-        reading = self._reader.read(
-            mask,
-            shape,
-            query_prefix=query_prefix,
-            query_suffix=query_suffix,
-            prefix=prefix,
-            suffix=suffix,
-            grid_tokens=grid_tokens,
-        )
+    def _read(self, mask: fx.Node, shape: Sequence[int], place: GridPlace) -> tuple[str, ...] | Refusal:
+        reading = self._reader.read(mask, shape, place)
         if reading.allows_windows:
             return tuple(f"input '{name}' is taken to hold only 0 and 1, as in the example" for name in reading.assumed)
-        example = self._values.read(mask) if prefix + suffix else None
+        example = self._values.read(mask) if place.prefix + place.suffix else None
         if example is None or not example.inputs:
             return Refusal("masked", reading.detail)
-        rows = _narrowed(example.value, -2, query_prefix, grid_tokens)
-        if not _leaves_grid_alone(rows, prefix, grid_tokens):
+        rows = _narrowed(example.value, -2, place.query_prefix, place.grid_tokens)
+        if not _leaves_grid_alone(rows, place.prefix, place.grid_tokens):
             return Refusal("masked", f"{reading.detail}; in the example inputs it does so")
         named = " and ".join(f"'{name}'" for name in sorted(example.inputs))
         return (

@@ -6,7 +6,7 @@ of the other keys. Both are read from the bounds of passes.bound_values, never f
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -17,6 +17,25 @@ from t3compile.inputs import named_inputs
 from t3compile.passes.bound_values import ValueBounds
 from t3compile.passes.value_numbers import LARGEST, Numbers
 from t3compile.program import Program
+
+
+@dataclass(frozen=True)
+class GridPlace:
+    """Where queries and keys hold the tokens of a grid: behind the one's prefix and before its suffix, each its own."""
+
+    query_prefix: int
+    query_suffix: int
+    prefix: int
+    suffix: int
+    grid_tokens: int
+
+    @property
+    def queries(self) -> int:
+        return self.query_prefix + self.grid_tokens + self.query_suffix
+
+    @property
+    def keys(self) -> int:
+        return self.prefix + self.grid_tokens + self.suffix
 
 
 @dataclass(frozen=True)
@@ -39,31 +58,21 @@ class MaskReading:
         return not self.hides_grid and self.same_rows
 
 
-def read_mask(
-    bounds: ValueBounds,
-    mask: fx.Node,
-    shape: Sequence[int],
-    *,
-    query_prefix: int,
-    query_suffix: int,
-    prefix: int,
-    suffix: int,
-    grid_tokens: int,
-) -> MaskReading:
+def read_mask(bounds: ValueBounds, mask: fx.Node, shape: Sequence[int], place: GridPlace) -> MaskReading:
     """What a mask does in an attention of queries and keys that both hold one grid.
 
     ``mask`` yields a tensor that broadcasts to ``shape`` [B, N, S_q, S_k]: bool, True where visible, or floating,
-    added to the scores. The grid's tokens stand behind ``query_prefix`` queries and ``prefix`` keys, and before
-    ``query_suffix`` queries and ``suffix`` keys. GridError where these do not add up to the shape.
+    added to the scores. GridError where the grid's place does not fit the shape.
     """
     shape = tuple(shape)
     value = mask.meta["val"]
     given = tuple(int(n) for n in value.shape)
-    queries, keys = query_prefix + grid_tokens + query_suffix, prefix + grid_tokens + suffix
-    if shape[-2:] != (queries, keys) or torch.broadcast_shapes(given, shape) != shape:
+    query_prefix, prefix, grid_tokens = place.query_prefix, place.prefix, place.grid_tokens
+    if shape[-2:] != (place.queries, place.keys) or torch.broadcast_shapes(given, shape) != shape:
         raise GridError(
-            f"a mask of shape {given} for attention of shape {shape} does not fit {query_prefix} + {grid_tokens} + "
-            f"{query_suffix} queries and {prefix} + {grid_tokens} + {suffix} keys before, in and behind the grid"
+            f"a mask of shape {given} for attention of shape {shape} does not fit "
+            f"{query_prefix} + {grid_tokens} + {place.query_suffix} queries and "
+            f"{prefix} + {grid_tokens} + {place.suffix} keys before, in and behind the grid"
         )
     numbers = bounds.numbers(mask)
     if numbers is None:
@@ -97,40 +106,18 @@ def read_mask(
 
 
 class MaskReader:
-    """Reads the masks of one program, with as few assumptions about its inputs as the proof needs.
+    """Reads the masks of one program, with as few assumptions about its inputs as the proof needs."""
 
-    ``latents`` names inputs of which nothing is ever assumed.
-    """
-
-    def __init__(self, program: Program, latents: Collection[str] = ()) -> None:
+    def __init__(self, program: Program) -> None:
         self._program = program
-        self._assumable = binary_inputs(program, latents)
+        self._assumable = binary_inputs(program)
         self._bounds: dict[tuple[str, ...], ValueBounds] = {}
 
-    def read(
-        self,
-        mask: fx.Node,
-        shape: Sequence[int],
-        *,
-        query_prefix: int,
-        query_suffix: int,
-        prefix: int,
-        suffix: int,
-        grid_tokens: int,
-    ) -> MaskReading:
+    def read(self, mask: fx.Node, shape: Sequence[int], place: GridPlace) -> MaskReading:
         """`read_mask`, under assumptions only where there is no proof without; ``assumed`` lists the needed ones."""
 
         def reading(names: Sequence[str]) -> MaskReading:
-            result = read_mask(
-                self._bounds_under(tuple(names)),
-                mask,
-                shape,
-                query_prefix=query_prefix,
-                query_suffix=query_suffix,
-                prefix=prefix,
-                suffix=suffix,
-                grid_tokens=grid_tokens,
-            )
+            result = read_mask(self._bounds_under(tuple(names)), mask, shape, place)
             return replace(result, assumed=tuple(names))
 
         unaided = reading(())
@@ -152,11 +139,11 @@ class MaskReader:
         return self._bounds[names]
 
 
-def binary_inputs(program: Program, latents: Collection[str] = ()) -> Mapping[str, tuple[float, float]]:
+def binary_inputs(program: Program) -> Mapping[str, tuple[float, float]]:
     """Inputs that may be taken for masks, with the bounds (0, 1): an assumption about what an input means.
 
-    They are integer or floating, reach the mask of some attention call, are none of ``latents``, and hold only zeros
-    and ones, at least one of these, in the example inputs. Who relies on it says so ("assumes that input
+    They are integer or floating, reach the mask of some attention call, and hold only zeros and ones, at
+    least one of these, in the example inputs. Who relies on it says so ("assumes that input
     'encoder_attention_mask' holds only 0 and 1"); without example inputs there are none.
     """
     bounds = ValueBounds(program)
@@ -169,7 +156,7 @@ def binary_inputs(program: Program, latents: Collection[str] = ()) -> Mapping[st
         examples = named_inputs(program)
     except InputsError:
         return {}
-    return {name: (0.0, 1.0) for name in reaching if name not in latents and _is_binary(examples.get(name))}
+    return {name: (0.0, 1.0) for name in reaching if _is_binary(examples.get(name))}
 
 
 def _is_binary(value: Tensor | None) -> bool:

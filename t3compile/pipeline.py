@@ -10,16 +10,15 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from t3compile.errors import EngineError, ExportError, MissingKernelError, T3CompileError
+from t3compile.errors import ExportError, MissingKernelError, T3CompileError
 from t3compile.files import check_writable
 from t3compile.geometry import GridHint, Splits, TokenGrid
 from t3compile.inputs import named_inputs, substitute_inputs
 from t3compile.loading import load_program as load_as_spelled
-from t3compile.loading.recognize import recognize
+from t3compile.macs import graph_macs
 from t3compile.ops import WINDOW_ATTENTION
 from t3compile.passes.broadcast_masks import BroadcastMasks
 from t3compile.passes.canonicalization import canonicalize
-from t3compile.passes.count_model import graph_macs
 from t3compile.passes.expand_attention import ExpandAttention
 from t3compile.passes.find_attention import find_attention
 from t3compile.passes.fold_constants import FoldConstants
@@ -41,7 +40,6 @@ from t3compile.passes.split_complex import SplitComplex
 from t3compile.passes.squeeze_unit_axes import SqueezeUnitAxes
 from t3compile.pattern import WindowPattern
 from t3compile.plan import Plan, SitePlan
-from t3compile.presets import PRESETS, preset_named
 from t3compile.probing import SiteProbe
 from t3compile.probing import probe as probe_layouts
 from t3compile.program import Program
@@ -59,8 +57,7 @@ from t3compile.verification import (
 from t3compile.weights import Weights
 
 if TYPE_CHECKING:
-    from t3compile.export.kernel_set import KernelSet
-    from t3compile.export.kernel_sources import GivenNumbers, KernelSource
+    from t3compile.export.engine_inputs import Engine
 
 # Above this many MACs the whole-model check, some ten dense passes, runs on a small grid ...
 DIRECT_MACS = 5 * 10**10
@@ -264,8 +261,8 @@ def _distinct_patterns(plan: Plan, masked: Set[str]) -> list[SitePlan]:
 
 
 @dataclass(frozen=True)
-class OnnxReport:
-    """What an export wrote, and how onnxruntime compares with torch, a check per output (None: not compared)."""
+class ExportReport:
+    """What an export wrote, and how its runtime compares with torch, a check per output (None: not compared)."""
 
     path: str
     functions: tuple[str, ...]
@@ -322,7 +319,7 @@ def export_onnx_report(
     inline: bool = False,
     check: bool | None = None,
     progress: Progress = _silent,
-) -> OnnxReport:
+) -> ExportReport:
     """Legalize, write and check an ONNX file; the program may be rewritten or not.
 
     ``precision`` "float16" stores matrix weights and runs matrix products in half; inputs and outputs keep their
@@ -334,23 +331,17 @@ def export_onnx_report(
 
     path = Path(path)
     check_writable(path)
-    if precision == "float16":
-        program = MixPrecision("float16")(program).program
-    elif precision == "float32":
-        _require_float32(program)
-    legal = program
+    legal = program = in_precision(program, precision)
     for legalize in ONNX_LEGALIZATION:
         legal = legalize(legal).program
     progress(f"writing {path.name}")
     functions = write_onnx(legal, path, form=form, inline=inline)
-    report = OnnxReport(
+    report = ExportReport(
         str(path), functions, None, "switched off", _block_list_notes(program) + _large_tensor_notes(legal)
     )
     if check is False:
         return report
-    macs = graph_macs(program.graph)
-    if check is None and macs > COMPARE_MACS:
-        reason = f"{macs / 1e12:,.1f} T MACs, run four times, are too many here; --check does it all the same"
+    if check is None and (reason := too_large_to_compare(program)):
         return replace(report, not_compared=reason)
     from t3compile.export.compare_onnx import compare_onnx
 
@@ -363,6 +354,23 @@ def export_onnx_report(
         # bfloat16, for one, has no kernels on onnxruntime's CPU; the file is valid all the same.
         return replace(report, not_compared=str(error))
     return replace(report, comparison=comparison, not_compared="")
+
+
+def too_large_to_compare(program: Program) -> str:
+    """Why a comparison is left out unless asked for; empty where it is not."""
+    macs = graph_macs(program.graph)
+    if macs <= COMPARE_MACS:
+        return ""
+    return f"{macs / 1e12:,.1f} T MACs, run four times, are too many here; --check does it all the same"
+
+
+def in_precision(program: Program, precision: Literal["float32", "float16"] | None) -> Program:
+    """The program with matrix weights and products in half, or as it is once it is known to be float32."""
+    if precision == "float16":
+        return MixPrecision("float16")(program).program
+    if precision == "float32":
+        _require_float32(program)
+    return program
 
 
 def _block_list_notes(program: Program) -> tuple[str, ...]:
@@ -406,80 +414,14 @@ def _require_float32(program: Program) -> None:
             )
 
 
-def load_engine(path: str | Path, runtime: str = "auto") -> Callable[..., Any]:
-    """A callable from an exported ``.onnx`` (onnxruntime, CPU) or ``.pt2`` (torch) file, told by content.
+def load_engine(path: str | Path, runtime: str = "auto", *, trust_code: bool = False, **options: Any) -> Engine:
+    """A callable from an exported file: ONNX, ``.pt2``, AOTInductor package or TensorRT engine, told by content.
 
-    ``runtime`` is "auto", "onnxruntime" or "torch". Calls take tensors or arrays by position or by input name;
-    InputsError names the input, what came and what is expected.
+    ``runtime`` is "auto", "onnxruntime" (the best provider that starts), "onnxruntime-cpu", "-cuda", "-tensorrt",
+    "torch", "aoti" or "tensorrt"; the engine's ``runtime`` says what was chosen and its ``notes`` why. An AOTInductor
+    package is compiled code and needs ``trust_code``; ``options`` are those of the runtime's engine class. Calls take
+    tensors or arrays by position or by input name; InputsError names the input, what came and what is expected.
     """
-    path = Path(path)
-    if runtime not in ("auto", "onnxruntime", "torch"):
-        raise EngineError(f"runtime '{runtime}' is unknown; known: auto, onnxruntime, torch")
-    is_torch = runtime == "torch" or (runtime == "auto" and _is_pt2(path))
-    if is_torch:
-        from t3compile.export.torch_engine import TorchEngine
+    from t3compile.export.runtimes import load
 
-        return TorchEngine(load_as_spelled(path))
-    from t3compile.export.onnx_engine import OnnxEngine
-
-    return OnnxEngine(path)
-
-
-def _is_pt2(path: Path) -> bool:
-    try:
-        return recognize(path).kind == "pt2"
-    except T3CompileError:
-        return False
-
-
-def build_kernels(
-    source: str | Path | Program,
-    output: str | Path,
-    *,
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None,
-    batch: int | None = None,
-    heads: int | None = None,
-    head_dim: int | None = None,
-    architectures: Sequence[int] | None = None,
-    assemble: bool = True,
-    progress: Progress = _silent,
-) -> KernelSet:
-    """Compile the window attention kernels of a source to PTX, without a GPU, and write the folder ``output``.
-
-    ``source`` is a preset's name, an exported .onnx, a plan's .json, or a rewritten model (a Program or its file). The
-    numbers complete presets (default: bfloat16, batch 1, the preset's model) and plans (``heads`` and ``head_dim``
-    are needed); an .onnx and a model have their own. ``architectures``: compute capabilities that ptxas has to
-    assemble each kernel for (default: 80, 86, 89, 90, 100, 120); without ``assemble`` the gates that need ptxas do not
-    run, and the result says so. Needs triton. KernelError names the pattern, tile and gate that fails.
-    """
-    from t3compile.export.assemble_ptx import ARCHITECTURES
-    from t3compile.export.kernel_set import build_kernel_set, check_folder
-    from t3compile.export.kernel_sources import GivenNumbers
-
-    folder = Path(output)
-    check_folder(folder)
-    given = GivenNumbers(dtype, batch, heads, head_dim)
-    kernels = build_kernel_set(
-        _kernel_source(source, given),
-        architectures=ARCHITECTURES if architectures is None else tuple(architectures),
-        assemble=assemble,
-        progress=progress,
-    )
-    progress(f"writing {folder}")
-    kernels.write(folder)
-    return kernels
-
-
-def _kernel_source(source: str | Path | Program, given: GivenNumbers) -> KernelSource:
-    from t3compile.export import kernel_sources
-
-    if isinstance(source, Program):
-        return kernel_sources.keys_of_program(source, "the program", given)
-    if source in [preset.name for preset in PRESETS]:
-        return kernel_sources.keys_of_preset(preset_named(str(source)), given)
-    path = Path(source)
-    if path.suffix == ".json":
-        return kernel_sources.keys_of_plan(Plan.read(path), str(path), given)
-    if path.suffix == ".onnx":
-        return kernel_sources.keys_of_onnx(path, given)
-    return kernel_sources.keys_of_program(load_program(path), str(path), given)
+    return load(Path(path), runtime, trust_code=trust_code, **options)

@@ -138,7 +138,7 @@ def _choose(survey: SiteSurvey, names: Sequence[str] | None) -> list[AttentionSi
 
 def _alike(site: AttentionSite) -> tuple[object, ...]:
     """What sites share whose layouts were derived alike."""
-    return site.stack, site.grid, site.prefix, site.suffix, _query_start(site), site.order, site.axes
+    return site.stack, site.grid, site.prefix, site.suffix, site.query_prefix, site.order, site.axes
 
 
 def _stands_for(survey: SiteSurvey, chosen: Sequence[AttentionSite]) -> dict[str, tuple[str, ...]]:
@@ -148,10 +148,6 @@ def _stands_for(survey: SiteSurvey, chosen: Sequence[AttentionSite]) -> dict[str
         if site.node not in probed:
             others.setdefault(_alike(site), []).append(site.node)
     return {site.node: tuple(others.get(_alike(site), ())) for site in chosen}
-
-
-def _query_start(site: AttentionSite) -> int:
-    return site.prefix if site.query_prefix is None else site.query_prefix
 
 
 def _by_source(sites: Sequence[AttentionSite]) -> dict[tuple[object, ...], list[AttentionSite]]:
@@ -330,7 +326,7 @@ class _Watched:
 
     def _move(self, site: AttentionSite, cell: Cell, side: Side, by: Mapping[str, Tensor]) -> _Move:
         name = self._sources[site.node, side]
-        start = _query_start(site) if side == "queries" else site.prefix
+        start = site.query_prefix if side == "queries" else site.prefix
         before = self._before[name]
         floor = _ROUNDING_STEPS * torch.finfo(before.dtype).eps * float(before.abs().max())
         return _Move(cell, side, start + _index(site, cell), start, start + site.grid.tokens, by[name], floor)

@@ -12,9 +12,11 @@ from typing import TYPE_CHECKING
 from t3compile.cost import Cost
 from t3compile.geometry import FRAME_MAJOR, TokenGrid
 from t3compile.plan import Plan
-from t3compile.probing import ProbeReport
 from t3compile.sites import AttentionSite, SiteSurvey
-from t3compile.verification import VerifyReport
+
+if TYPE_CHECKING:  # both import torch, and `doctor` must report where torch cannot be imported
+    from t3compile.probing import ProbeReport
+    from t3compile.verification import VerifyReport
 
 if TYPE_CHECKING:
     from t3compile.export.kernel_set import KernelSet

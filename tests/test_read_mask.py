@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 
 from t3compile.errors import GridError
 from t3compile.passes.bound_values import ValueBounds
-from t3compile.passes.read_mask import MaskReader, MaskReading, binary_inputs, read_mask
+from t3compile.passes.read_mask import GridPlace, MaskReader, MaskReading, binary_inputs, read_mask
 from t3compile.program import Program, trace
 
 BATCH, HEADS, GRID, TEXT, DIM = 2, 2, 6, 4, 4
@@ -51,11 +51,7 @@ def read(make: Make, masks: Mapping[str, Tensor], prefix: int = 0, tokens: int =
     return MaskReader(program).read(
         mask_node(program),
         (BATCH, HEADS, tokens, tokens),
-        query_prefix=prefix,
-        query_suffix=suffix,
-        prefix=prefix,
-        suffix=suffix,
-        grid_tokens=GRID,
+        GridPlace(prefix, suffix, prefix, suffix, GRID),
     )
 
 
@@ -319,10 +315,12 @@ def test_separate_query_and_key_counts() -> None:
     program = trace(Cross(), inputs)
     bounds = ValueBounds(program)
     sizes: dict[str, Any] = {"query_prefix": 0, "query_suffix": 0, "prefix": 0, "suffix": TEXT, "grid_tokens": GRID}
-    reading = read_mask(bounds, mask_node(program), (BATCH, HEADS, GRID, GRID + TEXT), **sizes)
+    reading = read_mask(bounds, mask_node(program), (BATCH, HEADS, GRID, GRID + TEXT), GridPlace(**sizes))
     assert reading.allows_windows
     with pytest.raises(GridError, match=r"does not fit 0 \+ 6 \+ 1 queries"):
-        read_mask(bounds, mask_node(program), (BATCH, HEADS, GRID, GRID + TEXT), **sizes | {"query_suffix": 1})
+        read_mask(
+            bounds, mask_node(program), (BATCH, HEADS, GRID, GRID + TEXT), GridPlace(**sizes | {"query_suffix": 1})
+        )
 
 
 def test_binary_inputs() -> None:
@@ -337,7 +335,6 @@ def test_binary_inputs() -> None:
     }
     program = traced(make, masks)
     assert binary_inputs(program) == {"text_mask": (0.0, 1.0)}
-    assert binary_inputs(program, latents=["text_mask"]) == {}
     program.exported.example_inputs = None
     assert binary_inputs(program) == {}
     assert binary_inputs(traced(cat_additive, BOOL_MASK)) == {}
@@ -356,7 +353,7 @@ def test_a_video_of_a_hundred_thousand_tokens_is_read_at_once() -> None:
     with torch.device("meta"):
         program = trace(Large(), (torch.empty(1, 1, tokens, 1), torch.empty(1, TEXT, dtype=torch.bool)))
     sizes = {"query_prefix": 0, "query_suffix": TEXT, "prefix": 0, "suffix": TEXT, "grid_tokens": tokens - TEXT}
-    reading = read_mask(ValueBounds(program), mask_node(program), (1, 1, tokens, tokens), **sizes)
+    reading = read_mask(ValueBounds(program), mask_node(program), (1, 1, tokens, tokens), GridPlace(**sizes))
     assert (reading.hides_grid, reading.same_rows, reading.has_effect) == (False, True, True)
 
 
@@ -371,6 +368,6 @@ def test_too_large_to_prove() -> None:
     with torch.device("meta"):
         program = trace(Distances(), (torch.empty(1, 1, tokens, 1),))
     sizes = {"query_prefix": 0, "query_suffix": 0, "prefix": 0, "suffix": 0, "grid_tokens": tokens}
-    reading = read_mask(ValueBounds(program), mask_node(program), (1, 1, tokens, tokens), **sizes)
+    reading = read_mask(ValueBounds(program), mask_node(program), (1, 1, tokens, tokens), GridPlace(**sizes))
     assert reading.hides_grid
     assert "too large to prove" in reading.detail

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import torch
@@ -13,8 +12,6 @@ from torch.utils import _pytree as pytree
 
 from t3compile.tracing.preserve_module import preserved
 from t3compile.tracing.traced_call import TracedCall
-
-aten = torch.ops.aten
 
 # Above this many MACs a model is not run here twice.
 COMPARED_MACS = 5 * 10**10
@@ -85,24 +82,3 @@ def _tensor_difference(expected: Tensor, got: Tensor) -> str:
     relative = max(_LEAST_TOLERANCE, _ROUNDING_STEPS * torch.finfo(expected.dtype).eps)
     allowed = relative * float(reference.abs().max())
     return f"differs from eager's by {error:.3g}, allowed {allowed:.3g}" if error > allowed else ""
-
-
-def graph_macs(graph: fx.Graph) -> int:
-    """MACs of the graph's matrix products, convolutions and attention."""
-    total = 0
-    for node in graph.nodes:
-        shapes = [tuple(x.meta["val"].shape) for x in node.all_input_nodes if isinstance(x.meta.get("val"), Tensor)]
-        value = node.meta.get("val")
-        packet = getattr(node.target, "overloadpacket", None)
-        if not isinstance(value, Tensor) or not shapes:
-            continue
-        size = math.prod(value.shape)
-        if packet in (aten.linear, aten.mm, aten.bmm, aten.matmul, aten.einsum):
-            total += size * (shapes[0][-1] if shapes[0] else 1)
-        elif packet in (aten.addmm, aten.baddbmm) and len(shapes) > 1:
-            total += size * shapes[1][-1]
-        elif packet in (aten.conv1d, aten.conv2d, aten.conv3d, aten.convolution) and len(shapes) > 1:
-            total += size * math.prod(shapes[1][1:])
-        elif packet is aten.scaled_dot_product_attention and len(shapes) > 1:
-            total += size * shapes[1][-2] + math.prod(shapes[0]) * shapes[1][-2]
-    return total

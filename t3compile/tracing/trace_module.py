@@ -14,9 +14,10 @@ from torch.export import ExportedProgram
 from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
 from t3compile.errors import TraceError, first_line
+from t3compile.macs import graph_macs
 from t3compile.program import Program, functionalized, quiet_torch
 from t3compile.tracing.carry_values import ReadsActivationsError, reads_values
-from t3compile.tracing.compare_with_eager import COMPARED_MACS, difference, graph_macs, run_eager, run_graph
+from t3compile.tracing.compare_with_eager import COMPARED_MACS, difference, run_eager, run_graph
 from t3compile.tracing.export_nonstrict import export_nonstrict
 from t3compile.tracing.export_strict import export_strict
 from t3compile.tracing.export_warmed import export_warmed
