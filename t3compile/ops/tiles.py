@@ -27,15 +27,16 @@ SM86 = Architecture("sm86", 99 * _KIB)
 SM90 = Architecture("sm90", 227 * _KIB)
 SM100 = Architecture("sm100", 227 * _KIB)
 
+_Table = dict[int, tuple[Tile, ...]]
 # By the power of two that holds the depths of keys and values. 16 bits: float16 and bfloat16, on tensor cores.
 _DEPTHS = (32, 64, 128, 256)
-_PORTABLE_16 = {
+_PORTABLE_16: _Table = {
     32: (Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)),
     64: (Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)),
     128: (Tile(128, 32, 8, 2), Tile(64, 32, 4, 2), Tile(64, 64, 4, 1)),
     256: (Tile(64, 16, 8, 1), Tile(32, 32, 4, 1)),
 }
-_OWN_16 = {
+_OWN_16: dict[Architecture, _Table] = {
     SM80: {128: (Tile(128, 64, 8, 3), Tile(64, 64, 8, 3)), 256: (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2))},
     SM86: {128: (Tile(128, 64, 8, 2),), 256: (Tile(64, 32, 8, 2),)},
     SM90: {
@@ -46,8 +47,8 @@ _OWN_16 = {
     SM100: {128: (Tile(128, 64, 8, 3),), 256: (Tile(128, 64, 8, 2),)},
 }
 # float32 is multiplied as such, not as TF32: on no tensor cores.
-_OWN_32 = {128: (Tile(64, 32, 8, 2),), 256: (Tile(32, 16, 8, 2),)}
-_PORTABLE_32 = {
+_OWN_32: _Table = {128: (Tile(64, 32, 8, 2),), 256: (Tile(32, 16, 8, 2),)}
+_PORTABLE_32: _Table = {
     32: (Tile(64, 32, 8, 2), Tile(32, 32, 4, 2)),
     64: (Tile(64, 32, 8, 2), Tile(32, 32, 4, 2)),
     128: (Tile(32, 16, 4, 2), Tile(16, 32, 4, 2)),
@@ -79,8 +80,8 @@ def candidate_tiles(capability: tuple[int, int], dtype: str, head_dim: int, valu
     architecture = architecture_of(capability)
     if architecture is None:
         return ()
-    own = _row(_OWN_32 if dtype == "float32" else _OWN_16[architecture], head_dim, value_dim)
-    return own + portable_tiles(dtype, head_dim, value_dim)
+    own = _OWN_32 if dtype == "float32" else _OWN_16[architecture]
+    return _row(own, head_dim, value_dim) + portable_tiles(dtype, head_dim, value_dim)
 
 
 def choose_tile(capability: tuple[int, int], launch: WindowLaunch) -> Tile | None:
@@ -94,6 +95,6 @@ def choose_tile(capability: tuple[int, int], launch: WindowLaunch) -> Tile | Non
     return next(fitting, min(tiles, key=lambda tile: tile.block_m))
 
 
-def _row(table: dict[int, tuple[Tile, ...]], head_dim: int, value_dim: int) -> tuple[Tile, ...]:
+def _row(table: _Table, head_dim: int, value_dim: int) -> tuple[Tile, ...]:
     depth = block_depth(max(head_dim, value_dim))
     return next((table.get(size, ()) for size in _DEPTHS if depth <= size), ())
