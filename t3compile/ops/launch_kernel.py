@@ -49,7 +49,7 @@ def describe_launches(
             k=_layout(k),
             v=_layout(v),
             out=Layout.tokens_first(heads, tokens, value_dim),
-            mask=None if mask is None else _mask_layout(mask, q, k),
+            mask=None if mask is None else _mask_layout(mask),
         )
         for i, branch in enumerate(args.pattern.computed_branches(args.grid))
     )
@@ -155,11 +155,13 @@ def _is_of_the_compiler(error: Exception) -> bool:
 
 def _layout(x: Tensor) -> Layout:
     # The stride of an axis of one element means nothing: 0 for all of them shares the compiled kernel.
-    batch, head, token = (0 if size == 1 else stride for size, stride in zip(x.shape[:3], x.stride()[:3], strict=True))
-    return Layout(batch, head, token)
+    return Layout(*_steps(x)[:3])
 
 
-def _mask_layout(mask: Tensor, q: Tensor, k: Tensor) -> MaskLayout:
-    full = mask[(None,) * (4 - mask.dim())].expand(*q.shape[:3], k.shape[2])
-    strides = (0 if size == 1 else stride for size, stride in zip(full.shape, full.stride(), strict=True))
-    return MaskLayout(dtype_name(mask.dtype), *strides)
+def _mask_layout(mask: Tensor) -> MaskLayout:
+    return MaskLayout(dtype_name(mask.dtype), *(0,) * (4 - mask.dim()), *_steps(mask))
+
+
+def _steps(x: Tensor) -> tuple[int, ...]:
+    """Strides, 0 where an axis has one element and so perhaps stands for many."""
+    return tuple(0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))

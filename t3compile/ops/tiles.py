@@ -1,8 +1,10 @@
 """Which tile the kernel takes: small tables per architecture, dtype and depth, no search at first use.
 
-Every entry compiles without register spills and fits its architecture's shared memory, which the tests check without
-a GPU. The entries of up to 48 KiB follow the limits of TensorRT's ahead-of-time plugins. None was chosen by measuring
-speed: larger tiles stand first because they read the keys less often.
+Every entry fits its architecture's shared memory and spills at most 64 bytes of registers per thread, the first ones
+none where windows are even and no token stands outside the grid; the tests compile a sample, without a GPU, and
+``python -m tests.test_tiles`` all. A mask with a row for each query takes more of both: where an entry then fits no
+more, the next one is launched. The entries of up to 48 KiB follow the limits of TensorRT's ahead-of-time plugins. None
+was chosen by measuring speed: larger tiles stand first because they read the keys less often.
 """
 
 from __future__ import annotations
@@ -27,15 +29,16 @@ SM86 = Architecture("sm86", 99 * _KIB)
 SM90 = Architecture("sm90", 227 * _KIB)
 SM100 = Architecture("sm100", 227 * _KIB)
 
+_Table = dict[int, tuple[Tile, ...]]
 # By the power of two that holds the depths of keys and values. 16 bits: float16 and bfloat16, on tensor cores.
 _DEPTHS = (32, 64, 128, 256)
-_PORTABLE_16 = {
+_PORTABLE_16: _Table = {
     32: (Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)),
     64: (Tile(128, 64, 8, 3), Tile(64, 64, 4, 2)),
     128: (Tile(128, 32, 8, 2), Tile(64, 32, 4, 2), Tile(64, 64, 4, 1)),
     256: (Tile(64, 16, 8, 1), Tile(32, 32, 4, 1)),
 }
-_OWN_16 = {
+_OWN_16: dict[Architecture, _Table] = {
     SM80: {128: (Tile(128, 64, 8, 3), Tile(64, 64, 8, 3)), 256: (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2))},
     SM86: {128: (Tile(128, 64, 8, 2),), 256: (Tile(64, 32, 8, 2),)},
     SM90: {
@@ -43,11 +46,11 @@ _OWN_16 = {
         128: (Tile(128, 128, 8, 2), Tile(128, 64, 8, 3)),
         256: (Tile(128, 64, 8, 2), Tile(64, 64, 8, 2)),
     },
-    SM100: {128: (Tile(128, 64, 8, 3),), 256: (Tile(128, 64, 8, 2),)},
+    SM100: {128: (Tile(128, 64, 8, 3),), 256: (Tile(64, 64, 8, 2), Tile(64, 32, 8, 2))},
 }
 # float32 is multiplied as such, not as TF32: on no tensor cores.
-_OWN_32 = {128: (Tile(64, 32, 8, 2),), 256: (Tile(32, 16, 8, 2),)}
-_PORTABLE_32 = {
+_OWN_32: _Table = {128: (Tile(64, 32, 8, 2),), 256: (Tile(32, 16, 8, 2),)}
+_PORTABLE_32: _Table = {
     32: (Tile(64, 32, 8, 2), Tile(32, 32, 4, 2)),
     64: (Tile(64, 32, 8, 2), Tile(32, 32, 4, 2)),
     128: (Tile(32, 16, 4, 2), Tile(16, 32, 4, 2)),
@@ -79,8 +82,8 @@ def candidate_tiles(capability: tuple[int, int], dtype: str, head_dim: int, valu
     architecture = architecture_of(capability)
     if architecture is None:
         return ()
-    own = _row(_OWN_32 if dtype == "float32" else _OWN_16[architecture], head_dim, value_dim)
-    return own + portable_tiles(dtype, head_dim, value_dim)
+    own = _OWN_32 if dtype == "float32" else _OWN_16[architecture]
+    return _row(own, head_dim, value_dim) + portable_tiles(dtype, head_dim, value_dim)
 
 
 def choose_tile(capability: tuple[int, int], launch: WindowLaunch) -> Tile | None:
@@ -94,6 +97,6 @@ def choose_tile(capability: tuple[int, int], launch: WindowLaunch) -> Tile | Non
     return next(fitting, min(tiles, key=lambda tile: tile.block_m))
 
 
-def _row(table: dict[int, tuple[Tile, ...]], head_dim: int, value_dim: int) -> tuple[Tile, ...]:
+def _row(table: _Table, head_dim: int, value_dim: int) -> tuple[Tile, ...]:
     depth = block_depth(max(head_dim, value_dim))
     return next((table.get(size, ()) for size in _DEPTHS if depth <= size), ())

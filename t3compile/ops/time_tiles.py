@@ -17,14 +17,14 @@ def cuda_milliseconds(run: Callable[[], None], *, warmup: int = 2, repeats: int 
 
     for _ in range(warmup):
         run()
-    times = []
+    times: list[float] = []
     for _ in range(repeats):
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         begin.record()
         run()
         end.record()
         end.synchronize()
-        times.append(begin.elapsed_time(end))
+        times.append(float(begin.elapsed_time(end)))
     return statistics.median(times)
 
 
