@@ -7,10 +7,10 @@ STAMP := $(VENV)/.installed
 TENSORRT_VERSIONS := tests/tensorrt_versions.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench speed test models check lint types imports wheel clean
+.PHONY: help setup demo bench bench-kernel speed test models check lint types imports wheel clean
 
 help: ## List the targets
-	@grep -hE '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
 
 setup: $(STAMP) ## Create .venv with the pinned dependencies
 
@@ -30,6 +30,9 @@ demo: $(STAMP) ## The whole line on Wan2.1-T2V-1.3B's configuration: load, rewri
 
 bench: $(STAMP) ## The demo's rewritten and full models side by side in onnxruntime, more repeats
 	$(BIN)/python -m t3compile.demo --bench
+
+bench-kernel: $(STAMP) ## Full attention, regrouped tokens and the kernel side by side on a GPU, both presets (minutes)
+	$(BIN)/python -m tests.bench_kernel
 
 speed: $(STAMP) ## Seconds that detection, planning and rewriting take at 15, 30 and 60 blocks (some minutes)
 	$(BIN)/python -m tests.test_detection_speed

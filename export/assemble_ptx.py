@@ -80,7 +80,14 @@ def assemble(ptx: str, architecture: int, ptxas: Path) -> Assembly:
     with tempfile.TemporaryDirectory(prefix="t3compile-ptxas-") as folder:
         source = Path(folder) / "kernel.ptx"
         source.write_text(ptx, encoding="utf-8")
-        command = [ptxas, "-v", f"-arch=sm_{architecture}", source, "-o", source.with_suffix(".cubin")]
+        command: list[str | Path] = [
+            ptxas,
+            "-v",
+            f"-arch=sm_{architecture}",
+            source,
+            "-o",
+            source.with_suffix(".cubin"),
+        ]
         try:
             said = subprocess.run(command, capture_output=True, text=True, timeout=_TIMEOUT_S, check=False)
         except (OSError, subprocess.SubprocessError) as error:

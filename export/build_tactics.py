@@ -1,6 +1,6 @@
 """The kernels of one launch, one for each tile that passes every gate: TensorRT times them and keeps the fastest.
 
-Which tile is the fastest nobody has measured in TensorRT; the order within a table is by expectation.
+Which tile is the fastest in TensorRT nobody has measured.
 """
 
 from __future__ import annotations
@@ -19,7 +19,14 @@ from t3compile.export.check_ptx import (
     failure_text,
     require_gates,
 )
-from t3compile.export.compile_kernel import CompiledKernel, compile_launch, launch_text, tile_text
+from t3compile.export.compile_kernel import (
+    TRITON_DTYPES,
+    CompiledKernel,
+    compile_launch,
+    launch_text,
+    tile_text,
+)
+from t3compile.ops.tiles import portable_tiles
 from t3compile.ops.window_launch import Tile, WindowLaunch
 from t3compile.sites import ITEM_BYTES
 
@@ -53,54 +60,28 @@ class LaunchKernels:
     dropped: tuple[DroppedTile, ...] = ()
 
 
-@dataclass(frozen=True)
-class TileTable:
-    """Tiles to offer, and smaller ones to try in turn where none of these passes."""
-
-    offered: tuple[Tile, ...]
-    smaller: tuple[Tile, ...]
-
-
-# By bytes of an element and the longer of head and value dim as a power of two: what fits 48 KiB without spilling.
-_TILES = {
-    (2, 64): TileTable(
-        (Tile(128, 64, 8, 3), Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)),
-        (Tile(32, 32, 4, 2), Tile(32, 32, 4, 1), Tile(16, 16, 4, 1)),
-    ),
-    (2, 128): TileTable(
-        (Tile(128, 32, 8, 2), Tile(64, 32, 4, 2), Tile(64, 64, 4, 1)),
-        (Tile(32, 32, 4, 2), Tile(32, 32, 4, 1), Tile(32, 16, 4, 1), Tile(16, 16, 4, 1)),
-    ),
-    (2, 256): TileTable(
-        (Tile(32, 32, 4, 1), Tile(32, 16, 4, 2)),
-        (Tile(32, 16, 4, 1), Tile(16, 16, 4, 1)),
-    ),
-    (4, 64): TileTable(
-        (Tile(32, 32, 8, 1), Tile(32, 16, 8, 1)),
-        (Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
-    ),
-    (4, 128): TileTable(
-        (Tile(64, 16, 8, 1), Tile(32, 16, 8, 1)),
-        (Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
-    ),
-    (4, 256): TileTable(
-        (Tile(32, 8, 8, 1), Tile(16, 16, 16, 1)),
-        (Tile(16, 16, 8, 1), Tile(16, 16, 4, 1)),
-    ),
+# Tried in turn where none of the portable tiles passes, by bytes of an element.
+_SMALLER = {
+    2: (Tile(32, 32, 4, 2), Tile(32, 32, 4, 1), Tile(32, 16, 4, 1), Tile(16, 16, 4, 1)),
+    4: (Tile(32, 16, 8, 1), Tile(32, 8, 8, 1), Tile(16, 16, 8, 1), Tile(16, 16, 16, 1)),
 }
-_DEPTHS = (64, 128, 256)
 
 
-def tile_table(launch: WindowLaunch) -> TileTable:
-    """The tiles for a launch; KernelError where it has none: depths beyond 256, float64."""
-    item, longest = ITEM_BYTES.get(launch.dtype), max(launch.head_dim, launch.value_dim)
-    depth = next((depth for depth in _DEPTHS if longest <= depth), None)
-    if depth is None or (item, depth) not in _TILES:
+def offered_tiles(launch: WindowLaunch) -> tuple[Tile, ...]:
+    """The tiles to try for a launch; KernelError where it has none: depths beyond 256, float64."""
+    tiles = portable_tiles(launch.dtype, launch.head_dim, launch.value_dim) if launch.dtype in TRITON_DTYPES else ()
+    if not tiles:
         raise KernelError(
-            f"{launch_text(launch)}: there are kernels for float32, float16 and bfloat16 and head dims up to "
-            f"{_DEPTHS[-1]}; use the function's body instead"
+            f"{launch_text(launch)}: there are kernels for {', '.join(TRITON_DTYPES)} and head dims up to 256; "
+            "use the function's body instead"
         )
-    return _TILES[item, depth]
+    return tiles
+
+
+def smaller_tiles(launch: WindowLaunch) -> tuple[Tile, ...]:
+    """What is left to try where none of the offered tiles passes."""
+    offered = offered_tiles(launch)
+    return tuple(tile for tile in _SMALLER[ITEM_BYTES[launch.dtype]] if tile not in offered)
 
 
 def try_tile(
@@ -137,7 +118,7 @@ def choose_tactics(
     KernelError, with what each tile failed, where there is none.
     """
     tried = list(tried)
-    for tile in tile_table(launch).smaller:
+    for tile in smaller_tiles(launch):
         if any(isinstance(one, Tactic) for one in tried):
             break
         tried.append(try_tile(launch, tile, architectures, ptxas))
@@ -150,7 +131,7 @@ def choose_tactics(
 
 def build_tactics(launch: WindowLaunch, architectures: Sequence[int], ptxas: Path | None) -> LaunchKernels:
     """All kernels of one launch; see try_tile and choose_tactics."""
-    offered = tile_table(launch).offered
+    offered = offered_tiles(launch)
     return choose_tactics(
         launch, [try_tile(launch, tile, architectures, ptxas) for tile in offered], architectures, ptxas
     )

@@ -18,7 +18,7 @@ from t3compile.export.build_tactics import (
     LaunchKernels,
     Tactic,
     choose_tactics,
-    tile_table,
+    offered_tiles,
     try_tile,
 )
 from t3compile.export.check_ptx import ASSEMBLES, SPILLS, TARGET
@@ -177,7 +177,7 @@ def build_kernel_set(
     ptxas = find_ptxas() if assemble else None
     release = None if ptxas is None else ptxas_version(ptxas)
     launches = tuple(dict.fromkeys(launch for key in source.keys for launch in window_launches(key)))
-    jobs = [(launch, tile) for launch in launches for tile in tile_table(launch).offered]
+    jobs = [(launch, tile) for launch in launches for tile in offered_tiles(launch)]
     tried: dict[WindowLaunch, list[Tactic | DroppedTile]] = {launch: [] for launch in launches}
     pool = ThreadPoolExecutor(max_workers=max(2, os.cpu_count() or 1))
     try:

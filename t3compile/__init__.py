@@ -14,17 +14,10 @@ if TYPE_CHECKING:
     from t3compile.export.triton_server import deploy_triton_server
     from t3compile.geometry import Splits, TokenGrid
     from t3compile.inputs import VideoSize
+    from t3compile.kernels import build_kernels
+    from t3compile.ops.dispatch import record_paths
     from t3compile.pattern import Schedule, WindowPattern
-    from t3compile.pipeline import (
-        build_kernels,
-        detect,
-        export_onnx,
-        load_engine,
-        load_program,
-        rewrite,
-        trace,
-        verify,
-    )
+    from t3compile.pipeline import detect, export_onnx, load_engine, load_program, rewrite, trace, verify
     from t3compile.plan import Plan, make_plan
     from t3compile.probing import ProbeReport, probe
     from t3compile.program import Program
@@ -49,7 +42,7 @@ _HOMES = {
     "WindowPattern": "pattern",
     "as_transformer": "transformer",
     "build_engine": "building",
-    "build_kernels": "pipeline",
+    "build_kernels": "kernels",
     "capture": "capturing",
     "deploy_triton_server": "export.triton_server",
     "detect": "pipeline",
@@ -60,6 +53,7 @@ _HOMES = {
     "make_plan": "plan",
     "plan_cost": "cost",
     "probe": "probing",
+    "record_paths": "ops.dispatch",
     "rewrite": "pipeline",
     "trace": "pipeline",
     "verify": "pipeline",
@@ -90,6 +84,7 @@ __all__ = [
     "make_plan",
     "plan_cost",
     "probe",
+    "record_paths",
     "rewrite",
     "trace",
     "verify",

@@ -40,7 +40,6 @@ from t3compile.passes.split_complex import SplitComplex
 from t3compile.passes.squeeze_unit_axes import SqueezeUnitAxes
 from t3compile.pattern import WindowPattern
 from t3compile.plan import Plan, SitePlan
-from t3compile.presets import PRESETS, preset_named
 from t3compile.probing import SiteProbe
 from t3compile.probing import probe as probe_layouts
 from t3compile.program import Program
@@ -59,8 +58,6 @@ from t3compile.weights import Weights
 
 if TYPE_CHECKING:
     from t3compile.export.engine_inputs import Engine
-    from t3compile.export.kernel_set import KernelSet
-    from t3compile.export.kernel_sources import GivenNumbers, KernelSource
 
 # Above this many MACs the whole-model check, some ten dense passes, runs on a small grid ...
 DIRECT_MACS = 5 * 10**10
@@ -428,56 +425,3 @@ def load_engine(path: str | Path, runtime: str = "auto", *, trust_code: bool = F
     from t3compile.export.runtimes import load
 
     return load(Path(path), runtime, trust_code=trust_code, **options)
-
-
-def build_kernels(
-    source: str | Path | Program,
-    output: str | Path,
-    *,
-    dtype: Literal["float32", "float16", "bfloat16"] | None = None,
-    batch: int | None = None,
-    heads: int | None = None,
-    head_dim: int | None = None,
-    architectures: Sequence[int] | None = None,
-    assemble: bool = True,
-    progress: Progress = _silent,
-) -> KernelSet:
-    """Compile the window attention kernels of a source to PTX, without a GPU, and write the folder ``output``.
-
-    ``source`` is a preset's name, an exported .onnx, a plan's .json, or a rewritten model (a Program or its file). The
-    numbers complete presets (default: bfloat16, batch 1, the preset's model) and plans (``heads`` and ``head_dim``
-    are needed); an .onnx and a model have their own. ``architectures``: compute capabilities that ptxas has to
-    assemble each kernel for (default: 80, 86, 89, 90, 100, 120); without ``assemble`` the gates that need ptxas do not
-    run, and the result says so. Needs triton. KernelError names the pattern, tile and gate that fails.
-    """
-    from t3compile.export.assemble_ptx import ARCHITECTURES
-    from t3compile.export.kernel_set import build_kernel_set, check_folder
-    from t3compile.export.kernel_sources import GivenNumbers
-
-    folder = Path(output)
-    check_folder(folder)
-    given = GivenNumbers(dtype, batch, heads, head_dim)
-    kernels = build_kernel_set(
-        _kernel_source(source, given),
-        architectures=ARCHITECTURES if architectures is None else tuple(architectures),
-        assemble=assemble,
-        progress=progress,
-    )
-    progress(f"writing {folder}")
-    kernels.write(folder)
-    return kernels
-
-
-def _kernel_source(source: str | Path | Program, given: GivenNumbers) -> KernelSource:
-    from t3compile.export import kernel_sources
-
-    if isinstance(source, Program):
-        return kernel_sources.keys_of_program(source, "the program", given)
-    if source in [preset.name for preset in PRESETS]:
-        return kernel_sources.keys_of_preset(preset_named(str(source)), given)
-    path = Path(source)
-    if path.suffix == ".json":
-        return kernel_sources.keys_of_plan(Plan.read(path), str(path), given)
-    if path.suffix == ".onnx":
-        return kernel_sources.keys_of_onnx(path, given)
-    return kernel_sources.keys_of_program(load_program(path), str(path), given)

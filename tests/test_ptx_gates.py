@@ -11,7 +11,7 @@ import pytest
 from t3compile.errors import KernelError
 from t3compile.export import compile_kernel
 from t3compile.export.assemble_ptx import ARCHITECTURES, Assembly, assemble, find_ptxas, read_assembly
-from t3compile.export.build_tactics import DroppedTile, Tactic, tile_table, try_tile
+from t3compile.export.build_tactics import DroppedTile, Tactic, offered_tiles, smaller_tiles, try_tile
 from t3compile.export.check_ptx import (
     TEXT_GATES,
     check_assemblies,
@@ -31,6 +31,7 @@ from t3compile.presets import PRESETS
 pytest.importorskip("triton", reason="needs triton: pip install 't3compile[kernels]'")
 
 SMALL = WindowAttentionArgs(TokenGrid(2, 8, 12), WindowPattern(Splits(1, 2, 3)))
+LARGE = WindowAttentionArgs(PRESETS[0].grid, PRESETS[0].schedule.patterns[3])
 TILE = Tile(64, 32, 4, 2)
 
 
@@ -59,7 +60,7 @@ def _preset_cases() -> list[object]:
 
 @pytest.mark.parametrize("launch", _preset_cases())
 def test_every_preset_pattern_passes_every_gate(launch: WindowLaunch) -> None:
-    made = try_tile(launch, tile_table(launch).offered[0], ARCHITECTURES, find_ptxas())
+    made = try_tile(launch, offered_tiles(launch)[0], ARCHITECTURES, find_ptxas())
     assert isinstance(made, Tactic), made
     assert {result.verdict for result in made.gates} == {"passed"}
     assert [result.gate for result in made.gates] == [gate.name for gate in TEXT_GATES] + [
@@ -186,14 +187,14 @@ def test_ptxas_gates_fire_on_its_words(kernel: CompiledKernel) -> None:
 
 def test_a_tile_that_spills_is_dropped() -> None:
     """Real spills: float32 in a tile of 64 x 32 with 4 warps."""
-    dropped = try_tile(launches_of(64, "float32")[0], Tile(64, 32, 4, 1), (90,), find_ptxas())
+    dropped = try_tile(launches_of(64, "float32", LARGE)[1], Tile(64, 32, 4, 1), (90,), find_ptxas())
     assert isinstance(dropped, DroppedTile)
     assert dropped.result.gate == "spills"
     assert "gate 'spills' expected none on sm_90, found" in str(dropped)
 
 
 def test_a_tile_with_too_much_shared_memory_is_dropped() -> None:
-    dropped = try_tile(launches_of(128)[0], Tile(64, 64, 4, 2), (90,), find_ptxas())
+    dropped = try_tile(launches_of(128, args=LARGE)[1], Tile(64, 64, 4, 2), (90,), find_ptxas())
     assert isinstance(dropped, DroppedTile)
     assert dropped.result.gate == "shared memory"
 
@@ -203,15 +204,15 @@ def test_other_depths_and_dtypes_have_a_tile(depth: int, dtype: str) -> None:
     """On uneven windows with tokens outside the grid, the largest kernel."""
     uneven = WindowAttentionArgs(TokenGrid(3, 8, 13), WindowPattern(Splits(2, 3, 4)), 2, 5)
     launch = launches_of(depth, dtype, uneven)[1]
-    table = tile_table(launch)
-    tried = (try_tile(launch, tile, (80, 120), find_ptxas()) for tile in table.offered + table.smaller)
+    tiles = offered_tiles(launch) + smaller_tiles(launch)
+    tried = (try_tile(launch, tile, (80, 120), find_ptxas()) for tile in tiles)
     assert any(isinstance(one, Tactic) for one in tried)
 
 
 @pytest.mark.parametrize(("depth", "dtype"), [(257, "float16"), (64, "float64")])
 def test_what_has_no_tile_is_named(depth: int, dtype: str) -> None:
     with pytest.raises(KernelError, match=rf"pattern \(1,2,3\).*2 heads of {depth}, {dtype}.*head dims up to 256"):
-        tile_table(launches_of(depth, dtype)[0])
+        offered_tiles(launches_of(depth, dtype)[0])
 
 
 @pytest.mark.parametrize("dtype", ["bool", "float32"])

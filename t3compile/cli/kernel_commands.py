@@ -59,7 +59,7 @@ def build(
     --head-dim). Writes <entry>.ptx files and kernels.json.
     """
     from t3compile.export.kernel_set import check_folder
-    from t3compile.pipeline import build_kernels
+    from t3compile.kernels import build_kernels
     from t3compile.presets import PRESETS
     from t3compile.report import progress, say, show_json, show_kernels
 

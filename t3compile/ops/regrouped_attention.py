@@ -1,4 +1,4 @@
-"""Window attention in differentiable torch calls: the op on the CPU, and the body of its exported forms.
+"""Window attention in differentiable torch calls: what runs on the CPU, and the body of the exported forms.
 
 Tokens are regrouped by window (ops/regroup.py), one batched SDPA per window size serves both branches.
 """
@@ -18,9 +18,10 @@ from t3compile.pattern import Branch
 def window_attention(q: Tensor, k: Tensor, v: Tensor, args: WindowAttentionArgs, mask: Tensor | None = None) -> Tensor:
     """The op in differentiable torch calls: tokens regrouped by window, one batched SDPA per window size.
 
-    q [B, N, Sq, D], k and v [B, N, S, D], mask broadcastable to [B, N, Sq, S]. Both branches run in one call,
+    q [B, N, Sq, D], k and v [B, N/g, S, D], mask broadcastable to [B, N, Sq, S]. Both branches run in one call,
     stacked along the batch.
     """
+    k, v = (_repeat_heads(x, q.shape[1]) for x in (k, v))
     if mask is not None:
         mask = mask[(None,) * (4 - mask.dim())]
     if args.pattern.is_full():
@@ -57,6 +58,14 @@ class WindowAttention(nn.Module):
 
     def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
         return window_attention(q, k, v, self.args, mask)
+
+
+def _repeat_heads(x: Tensor, heads: int) -> Tensor:
+    """[B, N/g, S, D] -> [B, N, S, D]: g queries' heads in a row share one of the keys' and values'."""
+    if x.shape[1] == heads:
+        return x
+    batch, key_heads, tokens, depth = x.shape
+    return x.unsqueeze(2).expand(batch, key_heads, heads // key_heads, tokens, depth).flatten(1, 2)
 
 
 def _stack_branches(x: Tensor, grid: TokenGrid, splits: Splits, branches: tuple[Branch, ...], box: Box) -> Tensor:

@@ -1,7 +1,8 @@
 """t3::window_attention: full attention cut into windows, local and dilated branch averaged.
 
-Contract: k, v [B, N, S, D] with S = prefix + T*H*W + suffix and q [B, N, Sq, D] with Sq = query_prefix + T*H*W +
-query_suffix (None: as many as the keys), after normalisation and RoPE with global positions; any floating dtype.
+Contract: k [B, N/g, S, D] and v [B, N/g, S, Dv] with S = prefix + T*H*W + suffix and q [B, N, Sq, D] with Sq =
+query_prefix + T*H*W + query_suffix (None: as many as the keys), after normalisation and RoPE with global positions; any
+floating dtype. Each head of k and v serves g heads of q in a row (grouped-query attention).
 ``grid`` and ``splits`` stand in sequence order, outermost axis first: the op has no other notion of the three axes.
 Returns [B, N, Sq, Dv], a view of a contiguous [B, Sq, N, Dv] as fused SDPA does. A grid query sees its window and all
 prefix/suffix keys; a prefix/suffix query sees everything.
@@ -9,17 +10,22 @@ prefix/suffix keys; a prefix/suffix query sees everything.
 tokens it must hide nothing (add one number everywhere), and all grid queries must have the same row: the op reads one
 of them, so the caller has to prove it. A query outside the grid that sees no key gets what torch's SDPA gives, 0.
 Differentiable but for the mask; the backward pass recomputes.
+On CUDA tensors that it fits the Triton kernel runs, else SDPA on regrouped tokens: dispatch.py says which and why.
 Source: arXiv 2512.13492; prefix/suffix tokens and masks over them are an own extension.
 """
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from t3compile.errors import KernelError
+from t3compile.ops.dispatch import PathChoice, choose_path, note_path
+from t3compile.ops.launch_kernel import launch_kernel
 from t3compile.ops.regrouped_attention import window_attention
 from t3compile.ops.window_arguments import OP_NAME, WindowAttentionArgs
 
@@ -68,9 +74,16 @@ def _check_shapes(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, args: Wi
                 f"{OP_NAME}: {name} has shape {tuple(x.shape)}, expected [B, N, {tokens}, D] for grid "
                 f"{args.grid}, {extra}"
             )
-    if not q.shape[:2] == k.shape[:2] == v.shape[:2]:
+    if q.shape[0] != k.shape[0] or k.shape[:2] != v.shape[:2] or q.shape[1] % k.shape[1] != 0:
         heads = ", ".join(f"{name} {tuple(x.shape[:2])}" for name, x in (("q", q), ("k", k), ("v", v)))
-        raise ValueError(f"{OP_NAME}: batch and heads must be the same, but are {heads}")
+        raise ValueError(
+            f"{OP_NAME}: q, k and v must have one batch, k and v the same heads, and those must divide the heads of q, "
+            f"but batch and heads are {heads}"
+        )
+    if q.shape[3] != k.shape[3]:
+        raise ValueError(f"{OP_NAME}: q has depth {q.shape[3]}, k has {k.shape[3]}; they must be the same")
+    if not q.dtype == k.dtype == v.dtype:
+        raise ValueError(f"{OP_NAME}: q, k and v must have one dtype, but have {q.dtype}, {k.dtype} and {v.dtype}")
     if mask is None:
         return
     if mask.dtype != torch.bool and not mask.dtype.is_floating_point:
@@ -97,7 +110,16 @@ def _kernel(
 ) -> Tensor:
     args = WindowAttentionArgs.from_op_args(grid, splits, branches, prefix, suffix, scale, query_prefix, query_suffix)
     _check_shapes(q, k, v, mask, args)
-    return window_attention(q, k, v, args, mask)
+    choice = choose_path(q, k, v, args, mask)
+    out = None
+    if choice.path == "kernel":
+        try:
+            out = launch_kernel(q, k, v, args, mask)
+        except KernelError as error:
+            warnings.warn(f"{OP_NAME}: {error}; tokens are regrouped instead", stacklevel=2)
+            choice = PathChoice("regrouped", str(error))
+    note_path(choice, q, k, args)
+    return window_attention(q, k, v, args, mask) if out is None else out
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *op_args: Any, **named: Any) -> Tensor:

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from t3compile.ops.window_arguments import WindowAttentionArgs
 from t3compile.pattern import Branch
+
+if TYPE_CHECKING:
+    import torch
 
 INT32_MAX = 2**31 - 1
 LOG2_E = math.log2(math.e)
@@ -147,8 +150,8 @@ class WindowLaunch:
             "EXTRA_PROGRAMS": self.batch * self.heads * self._extra_tiles(tile),
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,
-            "BLOCK_D": _block_depth(self.head_dim),
-            "BLOCK_DV": _block_depth(self.value_dim),
+            "BLOCK_D": block_depth(self.head_dim),
+            "BLOCK_DV": block_depth(self.value_dim),
             "WIDE": self.needs_64_bits,
             "UPCAST": upcast,
         }
@@ -158,6 +161,11 @@ def _strides(name: str, layout: Layout) -> dict[str, int]:
     return {f"{name}_BATCH": layout.batch, f"{name}_HEAD": layout.head, f"{name}_TOKEN": layout.token}
 
 
-def _block_depth(depth: int) -> int:
+def dtype_name(dtype: torch.dtype) -> str:
+    """The dtype as launches spell it: "float16", "bool"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def block_depth(depth: int) -> int:
     """The power of two that holds the depth; matrix instructions take at least 16."""
     return max(16, 1 << (depth - 1).bit_length())
