@@ -10,7 +10,7 @@ TENSORRT_VERSIONS := tests/tensorrt_versions.txt
 .PHONY: help setup demo bench bench-kernel speed test models check lint types imports wheel clean
 
 help: ## List the targets
-	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -hE '^[a-z-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: $(STAMP) ## Create .venv with the pinned dependencies
 

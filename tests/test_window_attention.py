@@ -569,7 +569,8 @@ def test_gradcheck_of_grouped_heads() -> None:
 def test_grouped_heads_make_a_proper_operator() -> None:
     q, k, v = (x.float().requires_grad_() for x in random_qkv(GROUPED.tokens, heads=4, depth=4, value_depth=3))
     given = (q, k.detach()[:, :2].requires_grad_(), v.detach()[:, :2].requires_grad_(), *GROUPED.as_op_args())
-    checks = torch.library.opcheck(WINDOW_ATTENTION, given)
+    kinds = ("test_schema", "test_autograd_registration", "test_faketensor")
+    checks = torch.library.opcheck(WINDOW_ATTENTION, given, test_utils=kinds)
     assert set(checks.values()) == {"SUCCESS"}
 
 
