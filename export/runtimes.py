@@ -121,9 +121,9 @@ def load(path: Path, name: str, *, trust_code: bool = False, **options: Any) -> 
 
             return _make(AotiEngine, runtime, options, path, trust_code)
         case "tensorrt":
-            from importlib import import_module
+            from t3compile.export.tensorrt_engine import TensorRTEngine
 
-            return _make(import_module("t3compile.export.tensorrt_engine").TensorRTEngine, runtime, options, path)
+            return _make(TensorRTEngine, runtime, options, path)
 
 
 def _make(engine: Callable[..., Engine], runtime: Runtime, options: Mapping[str, Any], *args: Any) -> Engine:

@@ -357,3 +357,20 @@ def test_run_of_compiled_code_needs_a_flag(folder: Path, tmp_path: Path) -> None
     assert result.exit_code == 2
     assert "compiled code that runs when it is loaded" in result.stderr
     assert "--trust-code" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("option", "name"),
+    [
+        (("--cuda-graph",), "cuda_graph"),
+        (("--refit-from", "model.onnx"), "refit_from"),
+        (("--weight-streaming-budget", "4GiB"), "weight_streaming_budget"),
+    ],
+)
+def test_run_refuses_an_option_of_another_runtime(
+    option: tuple[str, ...], name: str, folder: Path, tmp_path: Path
+) -> None:
+    np.savez(tmp_path / "in.npz", x=np.arange(3, dtype=np.float32))
+    result = _run(folder / "model.onnx", "--inputs", tmp_path / "in.npz", *option)
+    assert result.exit_code == 2
+    assert f"has no option '{name}'" in result.stderr

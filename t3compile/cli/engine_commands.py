@@ -2,28 +2,15 @@
 
 from __future__ import annotations
 
-import re
 from pathlib import Path
 from typing import Any
 
 import click
 
-from t3compile.cli.options import json_option, model_options, shielded
+from t3compile.cli.options import json_option, model_options, read_size, shielded
 from t3compile.cli.steps import load_model
 
 _PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
-_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
-
-
-def _size(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
-    """Bytes of 4GiB, 500MB or 1073741824."""
-    if value is None:
-        return None
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", value.strip().lower())
-    size = int(float(found.group(1)) * _UNITS[found.group(2) or ""]) if found else 0
-    if size < 1:
-        raise click.BadParameter(f"'{value}' is not a size; give e.g. 4GiB, 500MB or a number of bytes")
-    return size
 
 
 @click.command("build-engine")
@@ -43,7 +30,10 @@ def _size(_: click.Context, __: click.Parameter, value: str | None) -> int | Non
     help="Window attention as plugin layers, as TensorRT's own, or the faster of both, built and timed.",
 )
 @click.option(
-    "--workspace", metavar="SIZE", callback=_size, help="Limit of the builder's scratch memory on the GPU, e.g. 8GiB."
+    "--workspace",
+    metavar="SIZE",
+    callback=read_size,
+    help="Limit of the builder's scratch memory on the GPU, e.g. 8GiB.",
 )
 @click.option("--timing-cache", type=click.Path(path_type=Path), help="Timings of earlier builds, read and written.")
 @click.option("--weight-streaming", is_flag=True, help="Let weights stay in host memory at run time.")

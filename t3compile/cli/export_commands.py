@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from t3compile.cli.options import CHECK_FAILED, json_option, model_options, shielded
+from t3compile.cli.options import CHECK_FAILED, json_option, model_options, read_size, shielded
 from t3compile.cli.steps import load_model
 from t3compile.export.runtimes import RUNTIME_NAMES
 
@@ -122,6 +122,13 @@ def _show(report: ExportReport, runs_in: str, as_json: bool) -> None:
     help="auto: by the file's content; onnxruntime: CUDA where it starts, else the CPU.",
 )
 @click.option("--trust-code", is_flag=True, help="Load an AOTInductor package: it is compiled code, and runs.")
+@click.option("--cuda-graph", is_flag=True, help="TensorRT: replay one recorded launch per call.")
+@click.option(
+    "--refit-from", type=click.Path(path_type=Path), help="TensorRT: the .onnx of an engine with stripped weights."
+)
+@click.option(
+    "--weight-streaming-budget", metavar="SIZE", callback=read_size, help="TensorRT: bytes of weights kept on the GPU."
+)
 @click.option(
     "--repeat", type=click.IntRange(min=1), default=1, show_default=True, help="Timed calls; the median is printed."
 )
@@ -135,6 +142,7 @@ def run(
     trust_code: bool,
     repeat: int,
     as_json: bool,
+    **engine_options: Any,
 ) -> None:
     """Run an exported file (ONNX, .pt2, AOTInductor package, TensorRT engine); prints shapes, time and peak memory.
 
@@ -149,7 +157,8 @@ def run(
     if output is not None:
         check_writable(output)
     named = read_inputs(inputs)
-    loaded = load_engine(engine, runtime, trust_code=trust_code)
+    given = {name: value for name, value in engine_options.items() if value}
+    loaded = load_engine(engine, runtime, trust_code=trust_code, **given)
     say(f"runtime: {loaded.runtime}")
     for note in loaded.notes:
         say(f"note: {note}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import re
 import signal
 import sys
 from collections.abc import Callable
@@ -66,6 +67,18 @@ probe_option = click.option(
     help="Check token layouts by experiment: change single patches of the inputs and see which tokens move.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+def read_size(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
+    """Bytes of 4GiB, 500MB or 1073741824."""
+    if value is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", value.strip().lower())
+    size = int(float(found.group(1)) * _UNITS[found.group(2) or ""]) if found else 0
+    if size < 1:
+        raise click.BadParameter(f"'{value}' is not a size; give e.g. 4GiB, 500MB or a number of bytes")
+    return size
 
 
 def shielded(command: Command) -> Command:
