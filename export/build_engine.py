@@ -17,9 +17,10 @@ from types import ModuleType
 from typing import Any, Literal
 
 import onnx_ir as ir
+import torch
 
 import t3compile
-from t3compile.errors import EngineError, T3CompileError
+from t3compile.errors import EngineError, T3CompileError, first_line
 from t3compile.export.build_network import BuildSettings, Built, build_network
 from t3compile.export.build_progress import BuildProgress, SilentProgress
 from t3compile.export.cuda_device import CudaDevice
@@ -41,12 +42,12 @@ from t3compile.export.tensorrt_api import TensorRT, load_tensorrt_and_device, st
 from t3compile.export.tensorrt_network import check_operators, parser_knows
 from t3compile.export.tensorrt_session import TensorRTSession
 from t3compile.export.timing_cache import read_timing_cache
+from t3compile.export.write_onnx import PLAN_PROPERTY
 from t3compile.files import check_writable, staged_outputs
 
 Lowering = Literal["plugin", "native"]
 Attention = Literal["auto", "plugin", "native"]
 
-PLAN_PROPERTY = "t3compile_plan"
 PURPOSE = "building an engine"
 
 
@@ -79,8 +80,8 @@ def build_engine(
 
     ``precision`` must be what the file computes in, None takes it as it is. ``attention`` "plugin" makes window
     functions plugin layers where the kernel can, "native" leaves all to TensorRT, "auto" builds both and keeps the
-    one whose median call is faster. EngineError where TensorRT, a GPU, an operator or a build fails; KeyboardInterrupt
-    cancels the build and leaves nothing behind.
+    one whose median call is faster, or the only one that runs. EngineError where TensorRT, a GPU, an operator or a
+    build fails; KeyboardInterrupt cancels the build and leaves nothing behind.
     """
     settings, progress = settings or BuildSettings(), progress or SilentProgress()
     check_writable(path)
@@ -111,7 +112,8 @@ def build_engine(
                 notes.append(f"{attempt.lowering} attention was given up: {'; '.join([str(error), *failures])}")
                 continue
             built.append(replace(one, lowering=attempt.lowering))
-        best, times = _fastest(tensorrt, device, built, settings, progress)
+        best, times, given_up = _fastest(tensorrt, device, built, settings, progress)
+        notes += given_up
         os.replace(best.engine, stage / path.name)
         progress("hashing the engine and its sources")
         chosen = next(attempt for attempt in attempts if attempt.lowering == best.lowering)
@@ -289,23 +291,38 @@ def _place(attempt: _Attempt, onnx: Path, path: Path, stack: ExitStack) -> Path:
 
 def _fastest(
     tensorrt: TensorRT, device: CudaDevice, built: Sequence[Built], settings: BuildSettings, progress: BuildProgress
-) -> tuple[Built, dict[str, float]]:
-    """The engine whose median call is faster, and the seconds of each where there is a choice."""
+) -> tuple[Built, dict[str, float], list[str]]:
+    """The engine whose median call is faster; where there is a choice, the seconds of each that runs, and notes on
+    those that do not. EngineError where none does."""
     if len(built) == 1:
-        return built[0], {}
+        return built[0], {}, []
     times: dict[str, float] = {}
+    failures: dict[str, str] = {}
     for one in built:
         progress(f"timing {one.lowering} attention")
-        session = TensorRTSession(
-            tensorrt,
-            one.engine,
-            device.index,
-            refit_from=one.source if settings.strip_weights else None,
-            streams=settings.weight_streaming,
-        )
-        times[one.lowering] = session.time()
-        del session
-    return min(built, key=lambda one: times[one.lowering]), times
+        try:
+            times[one.lowering] = _time(tensorrt, device, one, settings)
+        except (T3CompileError, torch.OutOfMemoryError) as error:
+            # The text alone: the error holds the session, whose memory the next one needs.
+            reasons = [first_line(error), *(_plugin_failures() if one.lowering == "plugin" else ())]
+            failures[one.lowering] = "; ".join(reasons)
+    if not times:
+        texts = "; ".join(f"{lowering} attention: {reason}" for lowering, reason in failures.items())
+        raise EngineError(f"the engines were built and none of them runs: {texts}")
+    best = min((one for one in built if one.lowering in times), key=lambda one: times[one.lowering])
+    return best, times, [f"{lowering} attention was given up: {reason}" for lowering, reason in failures.items()]
+
+
+def _time(tensorrt: TensorRT, device: CudaDevice, built: Built, settings: BuildSettings) -> float:
+    """Median seconds of a call; what the engine held is free again afterwards."""
+    session = TensorRTSession(
+        tensorrt,
+        built.engine,
+        device.index,
+        refit_from=built.source if settings.strip_weights else None,
+        streams=settings.weight_streaming,
+    )
+    return session.time()
 
 
 def _own_metadata(model: ir.Model) -> dict[str, str]:

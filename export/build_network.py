@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from t3compile.errors import EngineError
+from t3compile.errors import EngineError, OutputError
 from t3compile.export.build_progress import BuildProgress, Phases, make_progress_monitor, run_cancellable
 from t3compile.export.cuda_device import CudaDevice
 from t3compile.export.engine_inputs import EngineInput
@@ -111,7 +111,11 @@ def _build(
 
     run_cancellable(build, phases)
     if settings.timing_cache is not None:
-        write_timing_cache(config, settings.timing_cache)
+        try:
+            write_timing_cache(config, settings.timing_cache)
+        except OutputError as error:
+            # The engine is finished and worth more than the cache.
+            notes.append(f"the timing cache was not kept: {error}")
     tf32 = bool(int(config.flags) & tensorrt.flags("BuilderFlag", ("TF32",)))
     del parser
     return notes, tf32

@@ -106,6 +106,7 @@ class CudaPythonMemory:
     def __init__(self, runtime: Any, index: int) -> None:
         self._runtime = runtime
         self._specs: dict[int, EngineInput] = {}
+        self._executables: list[Any] = []
         self._call("cudaSetDevice", index)
         self._stream = self._call("cudaStreamCreate")
 
@@ -141,15 +142,26 @@ class CudaPythonMemory:
         self._call("cudaStreamBeginCapture", self._stream, mode)
         try:
             launch()
+        except BaseException:
+            # A capture that failed must end all the same, and its own error says less than the launch's.
+            status, graph = self._runtime.cudaStreamEndCapture(self._stream)
+            if int(status) == 0:
+                self._runtime.cudaGraphDestroy(graph)
+            raise
+        graph = self._call("cudaStreamEndCapture", self._stream)
+        try:
+            executable = self._call("cudaGraphInstantiate", graph, 0)
         finally:
-            graph = self._call("cudaStreamEndCapture", self._stream)
-        ready = self._call("cudaGraphInstantiate", graph, 0)
-        return lambda: self._call("cudaGraphLaunch", ready, self._stream)
+            self._runtime.cudaGraphDestroy(graph)
+        self._executables.append(executable)
+        return lambda: self._call("cudaGraphLaunch", executable, self._stream)
 
     def synchronize(self) -> None:
         self._call("cudaStreamSynchronize", self._stream)
 
     def __del__(self) -> None:
+        for executable in self.__dict__.get("_executables", ()):
+            self._runtime.cudaGraphExecDestroy(executable)
         for address in self.__dict__.get("_specs", {}):
             self._runtime.cudaFree(address)
         if "_stream" in self.__dict__:

@@ -55,7 +55,7 @@ class EngineManifest:
     """Everything about an engine that its bytes do not tell without TensorRT.
 
     ``plan`` is the plan's JSON, None where the model is not rewritten; ``metadata`` the ONNX file's own entries;
-    ``times_s`` the median seconds of a call per lowering, where several were timed; ``stripped`` whether the weights
+    ``times_s`` the median seconds of a call per lowering, where there was a choice; ``stripped`` whether the weights
     must be put in from the ONNX file before the first call.
     """
 
@@ -120,7 +120,10 @@ def layers_path(engine: Path) -> Path:
 
 
 def read_manifest(engine: Path) -> EngineManifest:
-    """The manifest beside an engine; EngineError where it is missing, damaged, or another engine's."""
+    """The manifest beside an engine; EngineError where it is missing, damaged, or tells another size of the engine.
+
+    The size alone is compared: a call does not wait for a hash of many gigabytes. `check_engine_hash` compares bytes.
+    """
     path = manifest_path(engine)
     try:
         manifest = EngineManifest.loads(path.read_text(encoding="utf-8"), path)
@@ -137,6 +140,16 @@ def read_manifest(engine: Path) -> EngineManifest:
             f"{manifest.engine_bytes}: copy both files again"
         )
     return manifest
+
+
+def check_engine_hash(engine: Path, manifest: EngineManifest) -> None:
+    """EngineError where the engine's bytes are not those that its manifest describes; reads the whole file."""
+    found, wanted = hash_file(engine), manifest.engine_sha256
+    if found != wanted:
+        raise EngineError(
+            f"'{engine}' is not the engine that its manifest describes (sha256 {found[:12]}..., expected "
+            f"{wanted[:12]}...): copy both files again"
+        )
 
 
 def hash_file(path: Path) -> str:

@@ -113,16 +113,8 @@ def check_version(version: tuple[int, ...]) -> None:
         )
 
 
-def load_tensorrt(purpose: str) -> TensorRT:
-    """Import TensorRT and check its version; EngineError says what is missing, for what, and how to install it."""
-    module, missing = _import()
-    if missing:
-        raise EngineError(f"{purpose} needs {missing}")
-    return _checked(module)
-
-
 def load_tensorrt_and_device(purpose: str) -> tuple[TensorRT, CudaDevice]:
-    """TensorRT and the GPU; one EngineError names all that is missing."""
+    """TensorRT, its version checked, and the GPU; one EngineError names all that is missing and how to install it."""
     module, missing = _import()
     device = find_cuda_device(current_device_index())
     wanted = [missing] if missing else []

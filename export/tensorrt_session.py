@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mmap
 import statistics
+import threading
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -71,7 +72,8 @@ class TensorRTSession:
     """An engine ready to run: weights in place, a buffer for every input and output, perhaps a CUDA graph.
 
     ``weight_streaming_budget`` is how many bytes of weights stay on the device, None for TensorRT's own choice; it is
-    read only where ``streams`` says that the engine was built to stream.
+    read only where ``streams`` says that the engine was built to stream. Calls from several threads take turns: all
+    share the buffers.
     """
 
     def __init__(
@@ -87,6 +89,7 @@ class TensorRTSession:
     ) -> None:
         messages = Messages()
         self._messages = messages
+        self._lock = threading.Lock()
         self._logger = make_logger(tensorrt.module, messages)
         # Before TensorRT allocates: the device's context must be the one that the buffers are in.
         self._memory: DeviceMemory = open_device_memory(device_index)
@@ -120,13 +123,15 @@ class TensorRTSession:
     def run(self, given: Mapping[str, Tensor]) -> list[Tensor]:
         """Outputs in the engine's order, for inputs by name of the engine's shapes and dtypes."""
         pairs = [(self._addresses[name], value) for name, value in given.items()]
-        return self._memory.run(pairs, self._launch, [self._addresses[spec.name] for spec in self.outputs])
+        with self._lock:
+            return self._memory.run(pairs, self._launch, [self._addresses[spec.name] for spec in self.outputs])
 
     def time(self) -> float:
         """Median seconds of a launch, inputs and outputs left on the device."""
         given = [(self._addresses[spec.name], _sample(spec)) for spec in self.inputs]
-        self._memory.run(given, self._launch, ())
-        return statistics.median(self._timed_launches())
+        with self._lock:
+            self._memory.run(given, self._launch, ())
+            return statistics.median(self._timed_launches())
 
     def _timed_launches(self) -> Sequence[float]:
         times = []

@@ -12,6 +12,10 @@ from t3compile.files import check_writable, staged_outputs
 def read_timing_cache(path: Path) -> bytes:
     """The file's bytes, none where there is no file yet; OutputError where it could not be written later."""
     check_writable(path)
+    return _read(path)
+
+
+def _read(path: Path) -> bytes:
     try:
         return path.read_bytes() if path.exists() else b""
     except OSError as error:
@@ -23,7 +27,7 @@ def set_timing_cache(config: Any, path: Path) -> tuple[str, ...]:
 
     TensorRT checks the cache's header against its own version and the device.
     """
-    data = read_timing_cache(path)
+    data = _read(path)
     if data:
         cache = config.create_timing_cache(data)
         if cache is not None and config.set_timing_cache(cache, False):

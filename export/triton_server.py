@@ -16,7 +16,13 @@ import onnx_ir as ir
 
 from t3compile.errors import EngineError, ExportError, OutputError
 from t3compile.export.engine_inputs import EngineInput
-from t3compile.export.engine_manifest import MANIFEST_SUFFIX, manifest_path, read_manifest
+from t3compile.export.engine_manifest import (
+    MANIFEST_SUFFIX,
+    EngineManifest,
+    check_engine_hash,
+    manifest_path,
+    read_manifest,
+)
 from t3compile.export.onnx_engine import check_onnx_file, external_tensors
 from t3compile.export.triton_config import DATA_TYPES, InstanceKind, ServedTensor, ServerConfig
 from t3compile.files import staged_folder
@@ -66,13 +72,14 @@ class Deployment:
 
 @dataclass(frozen=True)
 class _Source:
-    """What a model file brings: its tensors, and where each of its files goes in the version's folder."""
+    """What a model file brings: its tensors, where its files go in the version's folder, and an engine's manifest."""
 
     inputs: tuple[ServedTensor, ...]
     outputs: tuple[ServedTensor, ...]
     files: tuple[tuple[Path, str], ...]
     notes: tuple[str, ...]
     precision_mode: str = ""
+    engine: EngineManifest | None = None
 
     @property
     def size_bytes(self) -> int:
@@ -101,8 +108,8 @@ def deploy_triton_server(
     has several links, the model's own too). A model of that name is
     replaced only with ``force``, and its other versions stay, if lower.
 
-    Raises EngineError for a file that is neither, ExportError for what the server cannot serve, OutputError where
-    the repository cannot be written or holds the model.
+    Raises EngineError for a file that is neither or not what its manifest describes, ExportError for what the server
+    cannot serve, OutputError where the repository cannot be written or holds the model.
     """
     model, repository = Path(model), Path(repository)
     name = model.stem if name is None else name
@@ -115,6 +122,9 @@ def deploy_triton_server(
         config = _onnxruntime_config(source, name, instances, device, accelerator)
     target = repository / name
     _check_versions(target, version, force)
+    if source.engine is not None:
+        # After all that takes no time.
+        check_engine_hash(model, source.engine)
     linked = _write(source, config, target, version, link)
     return Deployment(target, version, config, linked)
 
@@ -219,7 +229,7 @@ def _read_tensorrt_engine(path: Path) -> _Source:
         tuple(_engine_tensor(tensor, side) for tensor in tensors)
         for side, tensors in (("input", manifest.inputs), ("output", manifest.outputs))
     )
-    return _Source(inputs, outputs, files, tuple(notes))
+    return _Source(inputs, outputs, files, tuple(notes), engine=manifest)
 
 
 def _engine_tensor(tensor: EngineInput, side: str) -> ServedTensor:

@@ -359,14 +359,15 @@ def _bias_of_queries(graph: ir.Graph, node: ir.Node, mask: ir.Value) -> list[ir.
 
 
 def _replace(graph: ir.Graph, old: ir.Node, new: list[ir.Node]) -> None:
-    """Put the nodes in the place of `old`; the last one's output replaces its output."""
+    """Put the nodes in the place of `old`; the last one's output replaces its output, under its name."""
     source, target = old.outputs[0], new[-1].outputs[0]
     target.shape, target.type = source.shape, source.type
     for index, node in enumerate(new):
         node.name = f"{old.name}/{index}"
     graph.insert_before(old, new)
-    ir.convenience.replace_all_uses_with(source, target)
+    ir.convenience.replace_all_uses_with(source, target, replace_graph_outputs=True)
     graph.remove(old, safe=True)
+    target.name = source.name
 
 
 _REWRITE_FORM: dict[AttentionForm, Callable[[ir.Graph], None]] = {

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import sys
 from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -95,6 +96,17 @@ def test_calls_by_position_and_by_name(path: Path, cuda_graph: bool) -> None:
     engine(X + 1, Y, N)
     assert torch.equal(first, X * 3 + 4)
     assert engine._session._memory.replays == (5 if cuda_graph else 0)  # type: ignore[attr-defined]
+
+
+def test_calls_from_several_threads_do_not_mix(path: Path, behaviour: Behaviour) -> None:
+    behaviour.seconds = {False: 0.002}
+    engine = TensorRTEngine(path)
+    with ThreadPoolExecutor(4) as pool:
+        found = list(pool.map(lambda i: engine(X + i, Y, N)[0], range(24)))
+        timed = [pool.submit(engine._session.time), pool.submit(engine, X, Y, N)]
+    assert [torch.equal(scaled, (X + i) * 3 + 4) for i, scaled in enumerate(found)] == [True] * 24
+    assert timed[0].result() >= 0.002
+    assert torch.equal(timed[1].result()[0], X * 3 + 4)
 
 
 def test_arrays_come_back_as_arrays(path: Path, behaviour: Behaviour) -> None:
@@ -464,9 +476,9 @@ def test_cuda_python_moves_tensors_and_replays_graphs() -> None:
     assert [output.tolist() for output in outputs] == [X.tolist(), Y.tolist(), []]
     launched: list[int] = []
     replay = memory.capture(lambda: launched.append(1))
-    assert (launched, runtime.calls[-3:]) == (
+    assert (launched, runtime.calls[-4:]) == (
         [1],
-        ["cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiate"],
+        ["cudaStreamBeginCapture", "cudaStreamEndCapture", "cudaGraphInstantiate", "cudaGraphDestroy"],
     )
     replay()
     assert (launched, runtime.calls[-1]) == ([1], "cudaGraphLaunch")
@@ -476,7 +488,36 @@ def test_cuda_python_moves_tensors_and_replays_graphs() -> None:
     runtime.fails = ""
     del memory, replay
     assert runtime.calls.count("cudaFree") == 3
+    assert runtime.calls.count("cudaGraphExecDestroy") == 1
     assert runtime.calls[-1] == "cudaStreamDestroy"
+
+
+@pytest.mark.parametrize("fails", ["", "cudaStreamEndCapture"])
+def test_a_launch_that_fails_while_it_is_captured_gives_its_own_reason(fails: str) -> None:
+    runtime = FakeCudaPython()
+    memory = CudaPythonMemory(runtime, 0)
+    runtime.fails = fails
+
+    def launch() -> None:
+        raise EngineError("TensorRT cannot run the engine")
+
+    with pytest.raises(EngineError, match="TensorRT cannot run the engine"):
+        memory.capture(launch)
+    # The stream leaves capture mode, and the half graph goes.
+    ended = ["cudaStreamBeginCapture", "cudaStreamEndCapture", *([] if fails else ["cudaGraphDestroy"])]
+    assert runtime.calls[-len(ended) :] == ended
+    assert "cudaGraphInstantiate" not in runtime.calls
+
+
+def test_a_graph_that_is_not_instantiated_is_destroyed() -> None:
+    runtime = FakeCudaPython()
+    memory = CudaPythonMemory(runtime, 0)
+    runtime.fails = "cudaGraphInstantiate"
+    with pytest.raises(EngineError, match="cudaGraphInstantiate failed: out of memory"):
+        memory.capture(lambda: None)
+    assert runtime.calls[-1] == "cudaGraphDestroy"
+    del memory
+    assert "cudaGraphExecDestroy" not in runtime.calls
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="torch has CUDA here")

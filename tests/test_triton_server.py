@@ -350,6 +350,7 @@ def test_an_engine_is_served_by_its_manifest(schema: Any, tmp_path: Path) -> Non
         ),
         ({"stripped": True}, ExportError, "has no weights"),
         ({"engine_bytes": 7}, EngineError, "has 68 bytes and its manifest describes an engine of 7"),
+        ({"engine_sha256": "0" * 64}, EngineError, "expected 000000000000..."),
     ],
 )
 def test_an_engine_that_cannot_be_served_is_refused(
