@@ -16,6 +16,7 @@ from typing import Any, Literal
 from t3compile.errors import KernelError
 from t3compile.export.assemble_ptx import Assembly
 from t3compile.export.compile_kernel import CompiledKernel, entry_parameters, launch_text
+from t3compile.ops.window_launch import block_depth
 from t3compile.sites import ITEM_BYTES
 
 SHARED_BYTES_LIMIT = 49_152
@@ -137,9 +138,34 @@ def _wide_loads(kernel: CompiledKernel) -> tuple[bool | None, str, str]:
     rows = [depth * ITEM_BYTES[launch.dtype] for depth in (launch.head_dim, launch.value_dim)]
     if any(row % 16 for row in rows):
         return None, "loads of 16 bytes", f"rows of {rows[0]} and {rows[1]} bytes do not all begin at multiples of 16"
-    copies = re.findall(r"cp\.async\.[\w.:]*\s[^;\n]*,\s*(?:0x10|16)\b", kernel.ptx)
-    loads = re.findall(r"ld\.global(?:\.[\w:]+)*\.(?:v4\.[bfsu]32|v2\.[bfsu]64)\b", kernel.ptx)
-    return bool(copies or loads), "loads of 16 bytes", f"{len(copies)} cp.async and {len(loads)} ld.global of 16 bytes"
+    width = min(16, _bytes_per_thread(kernel))
+    copies = [int(size, 0) for size in re.findall(r"cp\.async\.c[ag]\.[^;\n]*?\],\s*(0x[0-9a-fA-F]+|\d+)", kernel.ptx)]
+    loads = [
+        int(count or 1) * int(bits) // 8
+        for count, bits in re.findall(r"ld\.global(?:\.[a-zA-Z][\w:]*)*?(?:\.v(\d))?\.[bfsu](\d+)\b", kernel.ptx)
+    ]
+    wide_copies, wide_loads = (sum(size >= width for size in sizes) for sizes in (copies, loads))
+    narrow = len(copies) + len(loads) - wide_copies - wide_loads
+    # The loop over keys is pipelined by asynchronous copies; one that runs once is unrolled and has none.
+    keys = launch.args.pattern.largest_window_tokens(launch.args.grid)
+    is_pipelined = bool(copies) or (kernel.tile.stages > 1 and keys > kernel.tile.block_n)
+    if launch.mask is None:
+        expected, passed = f"no load below {width} bytes", narrow == 0
+    else:
+        # An element of the mask is loaded alone.
+        expected, passed = f"loads of {width} bytes beside the mask's", True
+    if is_pipelined:
+        expected += ", among them cp.async"
+    passed = passed and bool(wide_copies if is_pipelined else wide_loads)
+    found = f"{wide_copies} cp.async and {wide_loads} ld.global of {width} bytes, {narrow} narrower"
+    return passed, expected, found
+
+
+def _bytes_per_thread(kernel: CompiledKernel) -> int:
+    """What each thread has to load of the smallest of the tiles of q, k and v: small tiles are loaded narrowly."""
+    launch, tile = kernel.launch, kernel.tile
+    depth = min(block_depth(launch.head_dim), block_depth(launch.value_dim))
+    return min(tile.block_m, tile.block_n) * depth * ITEM_BYTES[launch.dtype] // (32 * tile.warps)
 
 
 TEXT_GATES: tuple[Gate, ...] = (

@@ -23,60 +23,17 @@ from t3compile.export.build_tactics import (
 )
 from t3compile.export.check_ptx import ASSEMBLES, SPILLS, TARGET
 from t3compile.export.compile_kernel import describe_launch
+from t3compile.export.function_launches import launch_tensors, window_launches
 from t3compile.export.kernel_sources import KernelSource
-from t3compile.export.window_function import FunctionKey, MaskKey
+from t3compile.export.window_function import FunctionKey
 from t3compile.files import staged_folder
 from t3compile.ops.load_kernel import compilable_kernel
-from t3compile.ops.window_launch import Layout, MaskLayout, Tile, WindowLaunch
+from t3compile.ops.window_launch import Tile, WindowLaunch
 
 MANIFEST_NAME = "kernels.json"
 MANIFEST_VERSION = 1
 
 Progress = Callable[[str], None]
-
-
-def window_launches(key: FunctionKey) -> tuple[WindowLaunch, ...]:
-    """The launches that compute a window attention function, in order; every tensor contiguous [B, N, S, D].
-
-    One for each branch that has to be computed. The second takes the first's output as one more input, behind the
-    function's own, and gives the mean.
-    """
-    args = key.args
-    q = Layout.heads_first(key.heads, args.query_tokens, key.head_dim)
-    k = Layout.heads_first(key.key_heads, args.tokens, key.head_dim)
-    v = Layout.heads_first(key.key_heads, args.tokens, key.value_dim)
-    out = Layout.heads_first(key.heads, args.query_tokens, key.value_dim)
-    mask = None if key.mask is None else _mask_layout(key.mask)
-    return tuple(
-        WindowLaunch(
-            args,
-            branch,
-            number > 0,
-            key.batch,
-            key.heads,
-            key.key_heads,
-            key.head_dim,
-            key.value_dim,
-            key.dtype,
-            q,
-            k,
-            v,
-            out,
-            mask,
-        )
-        for number, branch in enumerate(args.pattern.computed_branches(args.grid))
-    )
-
-
-def _mask_layout(mask: MaskKey) -> MaskLayout:
-    """Strides of a contiguous mask; 0 on the axes that it is broadcast along."""
-    sizes = (*(1 for _ in range(4 - len(mask.shape))), *mask.shape)
-    strides, step = [], 1
-    for size in reversed(sizes):
-        strides.append(0 if size == 1 else step)
-        step *= size
-    batch, head, query, key = reversed(strides)
-    return MaskLayout(mask.dtype, batch, head, query, key)
 
 
 @dataclass(frozen=True)
@@ -197,27 +154,14 @@ def build_kernel_set(
 def _launch_json(built: LaunchKernels, key: FunctionKey) -> dict[str, Any]:
     return {
         **describe_launch(built.launch),
-        "pointers": _pointers(key, built.launch),
+        # The kernel's parameters in order.
+        "pointers": [
+            {"name": tensor.name, "dtype": tensor.dtype, "shape": list(tensor.shape)}
+            for tensor in launch_tensors(key, built.launch)
+        ],
         "tactics": [_tactic_json(tactic) for tactic in built.tactics],
         "dropped": [{"tile": _tile_json(one.tile), **one.result.to_json()} for one in built.dropped],
     }
-
-
-def _pointers(key: FunctionKey, launch: WindowLaunch) -> list[dict[str, Any]]:
-    """The kernel's parameters in order: inputs, then the output."""
-    args = key.args
-    output = (key.batch, key.heads, args.query_tokens, key.value_dim)
-    tensors: list[tuple[str, str, tuple[int, ...]]] = [
-        ("q", key.dtype, (key.batch, key.heads, args.query_tokens, key.head_dim)),
-        ("k", key.dtype, (key.batch, key.key_heads, args.tokens, key.head_dim)),
-        ("v", key.dtype, (key.batch, key.key_heads, args.tokens, key.value_dim)),
-    ]
-    if key.mask is not None:
-        tensors.append(("mask", key.mask.dtype, key.mask.shape))
-    if launch.averages:
-        tensors.append(("other", key.dtype, output))
-    tensors.append(("out", key.dtype, output))
-    return [{"name": name, "dtype": dtype, "shape": list(shape)} for name, dtype, shape in tensors]
 
 
 def _tactic_json(tactic: Tactic) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from t3compile.errors import EngineError
-from t3compile.export.kernel_set import window_launches
+from t3compile.export.function_launches import LaunchTensor, launch_tensors, window_launches
 from t3compile.export.window_function import DOMAIN, FunctionKey, window_functions
 from t3compile.ops.window_launch import WindowLaunch
 
@@ -29,26 +29,14 @@ _MASK_DTYPES = ("bool", "float16", "bfloat16", "float32")
 
 
 @dataclass(frozen=True)
-class PluginTensor:
-    """A tensor of a plugin layer: contiguous, every size known."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: str
-
-    def __str__(self) -> str:
-        return f"{self.name} {list(self.shape)} {self.dtype}"
-
-
-@dataclass(frozen=True)
 class PluginLayer:
     """One plugin: its name (the type of its ONNX node), the function that it stands for and the kernel's launch."""
 
     name: str
     function: str
     launch: WindowLaunch
-    inputs: tuple[PluginTensor, ...]
-    output: PluginTensor
+    inputs: tuple[LaunchTensor, ...]
+    output: LaunchTensor
 
 
 @dataclass(frozen=True)
@@ -96,22 +84,15 @@ def _why_not(key: FunctionKey) -> str | None:
 
 
 def _layers_of(key: FunctionKey) -> Iterator[PluginLayer]:
-    args, batch, dtype = key.args, key.batch, key.dtype
-    inputs = [
-        PluginTensor("q", (batch, key.heads, args.query_tokens, key.head_dim), dtype),
-        PluginTensor("k", (batch, key.key_heads, args.tokens, key.head_dim), dtype),
-        PluginTensor("v", (batch, key.key_heads, args.tokens, key.value_dim), dtype),
-    ]
-    if key.mask is not None:
-        inputs.append(PluginTensor("mask", key.mask.shape, key.mask.dtype))
-    output = PluginTensor("out", (batch, key.heads, args.query_tokens, key.value_dim), dtype)
     *before, last = window_launches(key)
     for launch in before:
-        yield PluginLayer(f"{key.name}_{launch.branch}", key.name, launch, tuple(inputs), output)
-    if last.averages:
-        inputs.append(PluginTensor("other", output.shape, dtype))
-    name = f"{key.name}_mean" if last.averages else key.name
-    yield PluginLayer(name, key.name, last, tuple(inputs), output)
+        yield _layer(f"{key.name}_{launch.branch}", key, launch)
+    yield _layer(f"{key.name}_mean" if last.averages else key.name, key, last)
+
+
+def _layer(name: str, key: FunctionKey, launch: WindowLaunch) -> PluginLayer:
+    *inputs, output = launch_tensors(key, launch)
+    return PluginLayer(name, key.name, launch, tuple(inputs), output)
 
 
 def with_plugin_nodes(model: ir.Model, plugins: PluginLayers) -> ir.Model:
@@ -183,7 +164,7 @@ def _new_name(name: str, names: set[str | None]) -> str:
     return name
 
 
-def _describe(value: ir.Value, tensor: PluginTensor) -> None:
+def _describe(value: ir.Value, tensor: LaunchTensor) -> None:
     """Give the value a shape and a type where it has none: nobody can infer them from a plugin's node."""
     if value.shape is None:
         value.shape = ir.Shape(tensor.shape)

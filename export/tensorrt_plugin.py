@@ -15,8 +15,9 @@ from typing import Any
 
 from t3compile.errors import EngineError
 from t3compile.export.compile_kernel import CompiledKernel
+from t3compile.export.function_launches import LaunchTensor
 from t3compile.export.plugin_kernels import PluginKernels
-from t3compile.export.plugin_layers import PluginLayer, PluginTensor
+from t3compile.export.plugin_layers import PluginLayer
 from t3compile.export.window_function import DOMAIN
 
 # How an autotune combination spells a dtype, and what the enum trt.DataType calls it.
@@ -134,7 +135,7 @@ def _constant(size: Any) -> int | None:
     return None if size.is_fake or not size.is_constant else int(size.constant_value())
 
 
-def _check_sizes(plugin: _Plugin, expected: PluginTensor, found: Sequence[int | None]) -> None:
+def _check_sizes(plugin: _Plugin, expected: LaunchTensor, found: Sequence[int | None]) -> None:
     fits = len(found) == len(expected.shape) and all(
         size is None or size == wanted for size, wanted in zip(found, expected.shape, strict=True)
     )
@@ -143,7 +144,7 @@ def _check_sizes(plugin: _Plugin, expected: PluginTensor, found: Sequence[int | 
         raise _refusal(plugin, f"input '{expected.name}' has shape {sizes}, the kernel is made for {expected}")
 
 
-def _check_tensor(plugin: _Plugin, expected: PluginTensor, found: Any) -> None:
+def _check_tensor(plugin: _Plugin, expected: LaunchTensor, found: Any) -> None:
     is_linear = found.format.name == "LINEAR"
     if tuple(found.shape) != expected.shape or found.dtype.name != _DATA_TYPES[expected.dtype] or not is_linear:
         raise _refusal(

@@ -1,8 +1,9 @@
 """Times on a GPU: full attention, window attention on regrouped tokens, and the kernel, for both presets.
 
-    python -m tests.bench_kernel [--heads 12] [--dtype bfloat16] [--repeats 5]
+    python -m tests.bench_kernel [--heads N] [--dtype bfloat16] [--repeats 5]
 
-Prints a markdown table with hardware and date. Without a CUDA device nothing is measured, and the exit code is 2.
+Each preset has the heads of its model, unless told otherwise. Prints a markdown table with hardware and date. Without
+a CUDA device nothing is measured, and the exit code is 2.
 """
 
 from __future__ import annotations
@@ -26,7 +27,6 @@ from t3compile.ops.time_tiles import cuda_milliseconds
 from t3compile.pattern import WindowPattern
 from t3compile.presets import PRESETS, Preset
 
-HEAD_DIM = 128
 # Milliseconds of one run.
 Timer = Callable[[Callable[[], object]], float]
 
@@ -43,13 +43,14 @@ class Times:
     reason: str = ""
 
 
-def time_preset(preset: Preset, heads: int, dtype: torch.dtype, device: str, timer: Timer) -> Iterator[Times]:
-    """The patterns of a preset at the grid that it was trained at, q, k and v [1, heads, S, 128] tokens first."""
+def time_preset(preset: Preset, heads: int | None, dtype: torch.dtype, device: str, timer: Timer) -> Iterator[Times]:
+    """The patterns of a preset at the grid that it was trained at, q, k and v [1, heads, S, D] tokens first.
+
+    ``heads`` None: those of the preset, whose head dim D is.
+    """
     generator = torch.Generator(device).manual_seed(0)
-    q, k, v = (
-        torch.randn(1, preset.grid.tokens, heads, HEAD_DIM, generator=generator, device=device, dtype=dtype)
-        for _ in range(3)
-    )
+    shape = (1, preset.grid.tokens, heads or preset.heads, preset.head_dim)
+    q, k, v = (torch.randn(shape, generator=generator, device=device, dtype=dtype) for _ in range(3))
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
     with torch.no_grad():
         full = timer(lambda: scaled_dot_product_attention(q, k, v))
@@ -92,10 +93,10 @@ def _row(preset: str, name: str, full: float, regrouped: float, kernel: float | 
 
 
 @click.command()
-@click.option("--heads", default=12, show_default=True, type=click.IntRange(1))
+@click.option("--heads", type=click.IntRange(1), help="Attention heads; default: those of each preset.")
 @click.option("--dtype", default="bfloat16", show_default=True, type=click.Choice(["bfloat16", "float16", "float32"]))
 @click.option("--repeats", default=5, show_default=True, type=click.IntRange(1), help="Timed runs; the median counts.")
-def main(heads: int, dtype: str, repeats: int) -> None:
+def main(heads: int | None, dtype: str, repeats: int) -> None:
     """Time full attention, regrouped tokens and the kernel on this machine's GPU."""
     if not torch.cuda.is_available():
         click.echo("no CUDA device: not measured", err=True)
@@ -113,8 +114,10 @@ def main(heads: int, dtype: str, repeats: int) -> None:
             times.append(row)
     click.echo(
         f"{torch.cuda.get_device_name()}, torch {torch.__version__}, CUDA {torch.version.cuda}, {platform.machine()}, "
-        f"{datetime.date.today().isoformat()}; {heads} heads of {HEAD_DIM}, {dtype}, median of {repeats}\n"
+        f"{datetime.date.today().isoformat()}; {dtype}, median of {repeats}"
     )
+    sizes = (f"{preset.name}: {heads or preset.heads} heads of {preset.head_dim}" for preset in PRESETS)
+    click.echo(f"{'; '.join(sizes)}\n")
     click.echo(table(times))
 
 

@@ -277,6 +277,46 @@ def test_a_missing_compiler_is_refused_and_a_fault_of_the_gpu_is_not_hidden(laun
     assert len(launching.asked) == 1
 
 
+@pytest.mark.parametrize(
+    "fault",
+    [
+        RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered"),
+        RuntimeError("Triton Error [CUDA]: out of memory"),
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB."),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("autotune", ["0", "1"])
+def test_what_the_driver_answers_to_triton_is_no_refusal(
+    launching: Any, fault: Exception, autotune: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(tile: Tile) -> None:
+        raise fault
+
+    monkeypatch.setenv(launch_kernel.AUTOTUNE_VARIABLE, autotune)
+    monkeypatch.setattr(launch_kernel, "fastest_tile", _first_that_runs)
+    with pytest.raises(type(fault)) as raised:
+        launching(fail)
+    assert raised.value is fault
+    assert launch_kernel._refusals == {}
+
+
+def _first_that_runs(tiles: list[Tile], run: Callable[[Tile], None]) -> Tile | None:
+    return fastest_tile(tiles, run, timer=lambda once: once() or 1.0)  # type: ignore[func-returns-value]
+
+
+def test_a_refusal_while_timing_is_one_of_the_kernel(launching: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_compiler(tile: Tile) -> None:
+        raise RuntimeError("Failed to find C compiler. Please specify via CC environment variable.")
+
+    monkeypatch.setenv(launch_kernel.AUTOTUNE_VARIABLE, "1")
+    monkeypatch.setattr(launch_kernel, "fastest_tile", _first_that_runs)
+    for asked in (1, 0):
+        with pytest.raises(KernelError, match="RuntimeError: Failed to find C compiler"):
+            launching(no_compiler)
+        assert len(launching.asked) == asked
+
+
 def test_the_fastest_tile_is_taken_on_request(launching: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(launch_kernel.AUTOTUNE_VARIABLE, "1")
     monkeypatch.setattr(launch_kernel, "fastest_tile", lambda tiles, run: list(tiles)[-1])

@@ -25,7 +25,8 @@ from t3compile.export import build_tactics, check_ptx
 from t3compile.export.assemble_ptx import PTXAS_VARIABLE, find_ptxas
 from t3compile.export.check_ptx import TEXT_GATES
 from t3compile.export.compile_kernel import compile_launch, entry_name, entry_parameters
-from t3compile.export.kernel_set import MANIFEST_NAME, KernelSet, window_launches
+from t3compile.export.function_launches import window_launches
+from t3compile.export.kernel_set import MANIFEST_NAME, KernelSet
 from t3compile.export.kernel_sources import GivenNumbers, keys_of_onnx, keys_of_preset, keys_of_program
 from t3compile.export.window_function import FunctionKey, MaskKey
 from t3compile.export.write_onnx import write_onnx

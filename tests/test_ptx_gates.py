@@ -19,7 +19,7 @@ from t3compile.export.check_ptx import (
     require_gates,
 )
 from t3compile.export.compile_kernel import CompiledKernel, compile_launch, entry_parameters, strip_parameters
-from t3compile.export.kernel_set import window_launches
+from t3compile.export.function_launches import window_launches
 from t3compile.export.kernel_sources import GivenNumbers, keys_of_preset
 from t3compile.export.window_function import FunctionKey
 from t3compile.geometry import Splits, TokenGrid
@@ -142,6 +142,50 @@ def test_a_gate_fires(kernel: CompiledKernel, gate: str, doctor: Callable[[str],
     assert f"gate '{gate}' expected {failed[gate].expected}, found {failed[gate].found}" in message
     assert "pattern (1,2,3), dilated branch, on grid 2x8x12" in message
     assert "tile 64x32, 4 warps, 2 stages" in message
+
+
+LOADS = "16-byte loads"
+
+
+def _loads(kernel: CompiledKernel) -> tuple[str, str]:
+    (result,) = [result for result in check_text(kernel) if result.gate == LOADS]
+    return result.verdict, result.found
+
+
+@pytest.fixture(scope="module")
+def pipelined() -> CompiledKernel:
+    """Many keys to a window, so that k and v are copied ahead."""
+    return compile_launch(launches_of(args=LARGE)[1], TILE)
+
+
+def test_narrow_copies_of_keys_and_values_are_found_out(pipelined: CompiledKernel) -> None:
+    """Queries are still loaded wide."""
+    assert _loads(pipelined) == ("passed", "8 cp.async and 8 ld.global of 16 bytes, 0 narrower")
+    for count, found in ((0, "0 cp.async and 8 ld.global of 16 bytes, 8 n"), (1, "7 cp.async and 8 ld.global")):
+        narrowed = re.sub(r"(cp\.async\.c)g([^;]*), 0x10", r"\1a\2, 0x4", pipelined.ptx, count=count)
+        verdict, text = _loads(replace(pipelined, ptx=narrowed))
+        assert verdict == "failed"
+        assert found in text
+    waiting = re.sub(r"cp\.async\.cg\.[^;]*;", "", pipelined.ptx)
+    assert _loads(replace(pipelined, ptx=waiting)) == ("failed", "0 cp.async and 8 ld.global of 16 bytes, 0 narrower")
+    assert _loads(replace(pipelined, ptx=waiting, tile=replace(TILE, stages=1)))[0] == "passed"
+
+
+def test_a_mask_is_loaded_by_the_element_and_keys_are_not() -> None:
+    launch = replace(launches_of(args=replace(LARGE, prefix=3))[1], mask=MaskLayout("float32", 0, 0, 0, 1))
+    masked = compile_launch(launch, Tile(32, 32, 4, 2))
+    verdict, found = _loads(masked)
+    assert verdict == "passed"
+    assert not found.endswith(" 0 narrower")
+    assert _loads(replace(masked, ptx=masked.ptx.replace("0x10", "0x4")))[0] == "failed"
+
+
+def test_tiles_with_little_for_each_thread_are_loaded_by_8_bytes() -> None:
+    small = compile_launch(launches_of(depth=16, args=LARGE)[1], Tile(128, 64, 8, 3))
+    verdict, found = _loads(small)
+    assert verdict == "passed"
+    assert found.endswith(" of 8 bytes, 0 narrower")
+    assert _loads(replace(small, ptx=re.sub(r"(cp\.async[^;]*), 0x8", r"\1, 0x4", small.ptx)))[0] == "failed"
 
 
 def test_dynamic_shared_memory_counts(kernel: CompiledKernel) -> None:

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from t3compile.export.build_tactics import Tactic, offered_tiles, smaller_tiles, try_tile
 from t3compile.export.compile_kernel import CompiledKernel
-from t3compile.export.kernel_set import window_launches
+from t3compile.export.function_launches import window_launches
 from t3compile.export.window_function import FunctionKey, MaskKey
 from t3compile.geometry import Splits, TokenGrid
 from t3compile.ops import WindowAttentionArgs

@@ -521,6 +521,33 @@ def test_gradcheck(args: WindowAttentionArgs) -> None:
     assert torch.autograd.gradcheck(lambda *x: WINDOW_ATTENTION(*x, *args.as_op_args()), qkv)
 
 
+def test_a_second_derivative_is_refused() -> None:
+    args = args_of((1, 3, 2), (1, 2, 2))
+    qkv = [x.requires_grad_() for x in random_qkv(args.tokens)]
+    loss = WINDOW_ATTENTION(*qkv, *args.as_op_args()).pow(2).sum()
+    with pytest.raises(
+        NotImplementedError, match=r"^t3::window_attention has no second derivative: leave out create_g"
+    ):
+        torch.autograd.grad(loss, qkv, create_graph=True)
+    with torch.enable_grad():
+        once = torch.autograd.grad(loss, qkv)
+    expected = implementation.window_attention(*qkv, args).pow(2).sum()
+    assert all(torch.equal(a, b) for a, b in zip(once, torch.autograd.grad(expected, qkv), strict=True))
+
+
+def test_the_gradient_of_a_compiled_graph_is_that_of_the_op() -> None:
+    args = args_of((1, 3, 2), (1, 2, 2))
+    qkv = [x.requires_grad_() for x in random_qkv(args.tokens)]
+
+    def loss(*qkv: Tensor) -> Tensor:
+        return WINDOW_ATTENTION(*qkv, *args.as_op_args()).pow(2).sum()
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    ours, theirs = (torch.autograd.grad(f(*qkv), qkv) for f in (compiled, loss))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("args", CASES[1:5], ids=lambda a: f"{a.grid}-{a.pattern}")
 def test_gradient_is_that_of_the_reference(args: WindowAttentionArgs) -> None:
     qkv = [x.requires_grad_() for x in random_qkv(args.grid.tokens + args.extra_tokens, batch=2, value_depth=6)]

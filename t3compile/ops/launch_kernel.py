@@ -112,15 +112,16 @@ def _launch_first_fitting(launch: WindowLaunch, device: torch.device, run: Calla
     if key in _tiles:
         run(_tiles[key])
         return
-    tiles = _tiles_in_order(launch, torch.cuda.get_device_capability(device), run, out)
-    reason = "no tile of the table fits"
+    tiles, reason = [], "no tile of the table fits"
+    try:
+        tiles = _tiles_in_order(launch, torch.cuda.get_device_capability(device), run, out)
+    except Exception as error:
+        reason = _refusal(error)
     for tile in tiles:
         try:
             run(tile)
         except Exception as error:
-            if not _is_of_the_compiler(error):
-                raise
-            reason = f"{type(error).__name__}: {first_line(error)}"
+            reason = _refusal(error)
             if type(error).__name__ != "OutOfResources":
                 break
         else:
@@ -145,9 +146,19 @@ def _tiles_in_order(
     return [first, *(tile for tile in tiles if tile != first)] if first is not None else []
 
 
+def _refusal(error: Exception) -> str:
+    """What the compiler says; any other error is raised again."""
+    if not _is_of_the_compiler(error):
+        raise error
+    return f"{type(error).__name__}: {first_line(error)}"
+
+
 def _is_of_the_compiler(error: Exception) -> bool:
     """Whether triton, or the C compiler that it calls, refused; errors of the GPU itself are not."""
-    if isinstance(error, torch.AcceleratorError):
+    if isinstance(error, torch.AcceleratorError | torch.OutOfMemoryError):
+        return False
+    # What the CUDA driver answers to triton's calls comes as a plain RuntimeError.
+    if str(error).startswith("Triton Error [CUDA]"):
         return False
     is_triton = any(cls.__module__.startswith("triton.") for cls in type(error).__mro__)
     return is_triton or isinstance(error, RuntimeError | OSError | subprocess.CalledProcessError)

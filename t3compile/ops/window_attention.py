@@ -9,7 +9,7 @@ prefix/suffix keys; a prefix/suffix query sees everything.
 ``mask`` is that of the full attention, bool (True: visible) or additive, broadcastable to [B, N, Sq, S]. Among grid
 tokens it must hide nothing (add one number everywhere), and all grid queries must have the same row: the op reads one
 of them, so the caller has to prove it. A query outside the grid that sees no key gets what torch's SDPA gives, 0.
-Differentiable but for the mask; the backward pass recomputes.
+Differentiable once, but for the mask; the backward pass recomputes, and create_graph=True is refused.
 On CUDA tensors that it fits the Triton kernel runs, else SDPA on regrouped tokens: dispatch.py says which and why.
 Source: arXiv 2512.13492; prefix/suffix tokens and masks over them are an own extension.
 """
@@ -138,6 +138,11 @@ def _save_for_backward(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> Non
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
+    if torch.is_grad_enabled():
+        raise NotImplementedError(
+            f"{OP_NAME} has no second derivative: leave out create_graph=True, or compute attention by "
+            "t3compile.ops.regrouped_attention.window_attention, which is made of torch's own operators"
+        )
     *qkv, mask = ctx.saved_tensors
     with torch.enable_grad():
         inputs = [x.detach().requires_grad_() for x in qkv]
