@@ -19,7 +19,7 @@ from hypothesis import strategies as st
 
 ROOT = Path(__file__).parents[1]
 SOURCES = ROOT / "docs" / "cpp"
-FAKE = Path(__file__).parent / "fake_tensorrt"
+FAKE = Path(__file__).parent / "fake_tensorrt_headers"
 VERSION, CAPABILITY = "10.13.3.9", "9.0"
 WARNINGS = ("-std=c++17", "-Wall", "-Wextra", "-Wshadow", "-Wconversion", "-Werror")
 COMPILER = shutil.which(os.environ.get("CXX", "g++"))
