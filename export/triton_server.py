@@ -107,6 +107,8 @@ def deploy_triton_server(
     model, repository = Path(model), Path(repository)
     name = model.stem if name is None else name
     _check_options(name, version, instances, device)
+    if os.path.lexists(repository) and not repository.is_dir():
+        raise OutputError(f"cannot write '{repository}': it is in the way; give a folder, or a name that is free")
     if _is_tensorrt_engine(model):
         source = _read_tensorrt_engine(model)
         config = _tensorrt_config(source, name, instances, device, accelerator)
