@@ -43,8 +43,9 @@ class EngineTransformer(nn.Module):
     """Runs an engine under the call signature and the attributes of the model that it was exported from.
 
     Tensors go to the engine's inputs by forward's names (nested ones joined by "_", as torch.export names them), cast
-    to its dtypes (an InputsError where that changes a whole number or makes a finite value infinite);
-    outputs come back on the device of the first tensor given, in ``dtype`` if any input was cast. A tuple, or the output class under ``return_dict``; models without
+    to its dtypes (an InputsError where that changes a whole number or makes a finite value infinite); outputs come back
+    on the device of the first tensor given, in ``dtype`` if any input was cast. A tuple, or the output class under
+    ``return_dict``; models without
     ``return_dict`` return what the engine does. Arguments that the trace fixed (None, bools, numbers, text) must have
     the values of the trace: another one is an InputsError, as is another shape. Where the file does not tell them, a
     warning names each one that is not forward's default. Other objects are taken to be those of the trace.
