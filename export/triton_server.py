@@ -17,7 +17,7 @@ import onnx_ir as ir
 from t3compile.errors import EngineError, ExportError, OutputError
 from t3compile.export.engine_inputs import EngineInput
 from t3compile.export.engine_manifest import MANIFEST_SUFFIX, manifest_path, read_manifest
-from t3compile.export.onnx_engine import check_onnx_file, external_tensors
+from t3compile.export.onnx_file import check_onnx_file, external_tensors
 from t3compile.export.triton_config import DATA_TYPES, InstanceKind, ServedTensor, ServerConfig
 from t3compile.files import staged_folder
 from t3compile.loading.recognize import TENSORRT_MAGIC
