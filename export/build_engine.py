@@ -35,7 +35,7 @@ from t3compile.export.engine_manifest import (
     layers_path,
     manifest_path,
 )
-from t3compile.export.onnx_engine import check_onnx_file
+from t3compile.export.onnx_file import check_onnx_file
 from t3compile.export.onnx_precision import Precision, check_precision
 from t3compile.export.spell_operators import spell_operators
 from t3compile.export.tensorrt_api import TensorRT, load_tensorrt_and_device, stdout_to_stderr

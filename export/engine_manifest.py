@@ -13,7 +13,7 @@ import onnx_ir as ir
 
 from t3compile.errors import EngineError
 from t3compile.export.engine_inputs import EngineInput
-from t3compile.export.onnx_engine import external_tensors
+from t3compile.export.onnx_file import external_tensors
 
 MANIFEST_SUFFIX = ".manifest.json"
 LAYERS_SUFFIX = ".layers.json"

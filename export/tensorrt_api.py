@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
 import sys
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -17,10 +16,8 @@ from typing import Any
 
 from t3compile.errors import EngineError, first_line
 from t3compile.export.cuda_device import CudaDevice, find_cuda_device
+from t3compile.tensorrt_versions import SUPPORTED, checked_version
 
-OLDEST = (10, 13)
-# Reported by others: engines with ahead-of-time Python plugins that 10.14 builds fail when they are loaded or run.
-BROKEN = (10, 14)
 INSTALL = "pip install 't3compile[tensorrt]'"
 
 # Members that some of the supported versions lack: (enum, member) -> why it may be left out.
@@ -65,7 +62,7 @@ class TensorRT:
         """An enum's member; EngineError where this version has none of that name."""
         found = getattr(getattr(self.module, enum, None), name, None)
         if found is None:
-            raise EngineError(f"TensorRT {self.version_text} has no {enum}.{name}; use 10.13, 10.15, 10.16 or 11.x")
+            raise EngineError(f"TensorRT {self.version_text} has no {enum}.{name}; use {SUPPORTED}")
         return found
 
     def flags(self, enum: str, names: Iterable[str]) -> int:
@@ -90,29 +87,6 @@ class Messages:
         return self.errors[-1] if self.errors else "TensorRT gives no reason"
 
 
-def parse_version(text: str) -> tuple[int, ...]:
-    """The leading numbers of a version, at most four: "10.14.1.48.post1" -> (10, 14, 1, 48)."""
-    found = re.match(r"\d+(\.\d+){0,3}", text)
-    if found is None:
-        raise EngineError(f"TensorRT's version '{text}' cannot be read; use 10.13, 10.15, 10.16 or 11.x")
-    return tuple(map(int, found.group().split(".")))
-
-
-def check_version(version: tuple[int, ...]) -> None:
-    """Refuse versions that cannot build or run these engines, with the reason."""
-    text = ".".join(map(str, version))
-    if version[:2] < OLDEST:
-        raise EngineError(
-            f"TensorRT {text} is too old: ahead-of-time Python plugins need 10.13 or newer (but not 10.14); "
-            f"upgrade with {INSTALL}"
-        )
-    if version[:2] == BROKEN:
-        raise EngineError(
-            f"TensorRT {text} is not used: 10.14 is reported to break ahead-of-time Python plugins; install 10.13, "
-            "10.15 or newer, e.g. pip install 'tensorrt>=10.15'"
-        )
-
-
 def load_tensorrt_and_device(purpose: str) -> tuple[TensorRT, CudaDevice]:
     """TensorRT, its version checked, and the GPU; one EngineError names all that is missing and how to install it."""
     module, missing = _import()
@@ -133,9 +107,7 @@ def current_device_index() -> int:
 
 
 def _checked(module: Any) -> TensorRT:
-    version = parse_version(module.__version__)
-    check_version(version)
-    return TensorRT(module, version)
+    return TensorRT(module, checked_version(module.__version__))
 
 
 def _import() -> tuple[Any, str]:

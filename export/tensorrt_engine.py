@@ -17,8 +17,9 @@ from t3compile.errors import EngineError
 from t3compile.export.cuda_device import CudaDevice
 from t3compile.export.engine_inputs import FROZEN_PROPERTY, bind_engine_inputs, check_tensor, read_frozen
 from t3compile.export.engine_manifest import EngineManifest, hash_file, read_manifest
-from t3compile.export.tensorrt_api import TensorRT, load_tensorrt_and_device, parse_version
+from t3compile.export.tensorrt_api import TensorRT, load_tensorrt_and_device
 from t3compile.export.tensorrt_session import TensorRTSession
+from t3compile.tensorrt_versions import parse_version
 
 
 class TensorRTEngine:

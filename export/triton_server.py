@@ -23,7 +23,7 @@ from t3compile.export.engine_manifest import (
     manifest_path,
     read_manifest,
 )
-from t3compile.export.onnx_engine import check_onnx_file, external_tensors
+from t3compile.export.onnx_file import check_onnx_file, external_tensors
 from t3compile.export.triton_config import DATA_TYPES, InstanceKind, ServedTensor, ServerConfig
 from t3compile.files import staged_folder
 from t3compile.loading.recognize import TENSORRT_MAGIC
@@ -114,6 +114,8 @@ def deploy_triton_server(
     model, repository = Path(model), Path(repository)
     name = model.stem if name is None else name
     _check_options(name, version, instances, device)
+    if os.path.lexists(repository) and not repository.is_dir():
+        raise OutputError(f"cannot write '{repository}': it is in the way; give a folder, or a name that is free")
     if _is_tensorrt_engine(model):
         source = _read_tensorrt_engine(model)
         config = _tensorrt_config(source, name, instances, device, accelerator)

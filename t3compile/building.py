@@ -38,22 +38,28 @@ def build_engine(
     from t3compile.export.tensorrt_api import load_tensorrt_and_device
 
     path = Path(path)
+    if isinstance(source, Program):
+        check_refittable(settings)
     check_writable(path)
     load_tensorrt_and_device(PURPOSE)
     if not isinstance(source, Program):
         return build_from_onnx(
             Path(source), path, precision=precision, attention=attention, settings=settings, progress=progress
         )
-    if settings is not None and settings.strip_weights:
-        raise ExportError(
-            "an engine without weights takes them from its ONNX file: export the model with 't3compile export' and "
-            "build from that file"
-        )
     with TemporaryDirectory(prefix=f".{path.name}.", suffix=".onnx", dir=path.parent) as folder:
         onnx = Path(folder) / f"{path.stem}.onnx"
         report = export_onnx_report(source, onnx, precision=precision, check=False, progress=progress or _silent)
         built = build_from_onnx(onnx, path, attention=attention, settings=settings, progress=progress)
     return built.with_notes(report.notes)
+
+
+def check_refittable(settings: BuildSettings | None) -> None:
+    """Raise ExportError where a program's engine would be without weights: no ONNX file is kept to take them from."""
+    if settings is not None and settings.strip_weights:
+        raise ExportError(
+            "an engine without weights takes them from its ONNX file: export the model with 't3compile export' and "
+            "build from that file"
+        )
 
 
 def _silent(_: str) -> None:

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from t3compile.errors import first_line
+from t3compile.tensorrt_versions import UPGRADE, version_refusal
 
 Status = Literal["yes", "no", "broken", "warning"]
 
@@ -27,8 +28,6 @@ _PROBE_SCRIPT = Path(__file__).with_name("probe_import.py")
 _TIMEOUT_S = 60.0
 _OLDEST_ONNXRUNTIME = (1, 23)
 _OLDEST_DIFFUSERS = (0, 38)
-_OLDEST_TENSORRT = (10, 13)
-_REFUSED_TENSORRT = (10, 14)
 # The kernel's matrix products are those of Ampere and newer.
 _OLDEST_CAPABILITY = (8, 0)
 
@@ -72,16 +71,6 @@ def examine() -> tuple[Finding, ...]:
         _diffusers(),
         _cpp_compiler(),
     )
-
-
-def tensorrt_refusal(version: str) -> str | None:
-    """Why t3compile refuses this version of TensorRT, or None: 10.13, 10.15, 10.16 and 11.x are supported."""
-    release = _release(version)
-    if release < _OLDEST_TENSORRT:
-        return f"{version} is too old: 10.13 is the first with plugins compiled ahead of time that t3compile uses"
-    if release == _REFUSED_TENSORRT:
-        return f"{version} is refused: its ahead-of-time plugins are reported broken"
-    return None
 
 
 # --- asking --------------------------------------------------------------------------------------
@@ -168,7 +157,8 @@ def _driver(answer: Mapping[str, Any]) -> list[Finding]:
 
 
 def _gpu(index: int, gpu: Mapping[str, Any]) -> Finding:
-    detail = f"{gpu['name']}, compute capability {gpu['capability']}, {gpu['bytes'] / 2**30:.0f} GiB"
+    size = "memory unknown" if gpu["bytes"] is None else f"{gpu['bytes'] / 2**30:.0f} GiB"
+    detail = f"{gpu['name']}, compute capability {gpu['capability'] or 'unknown'}, {size}"
     return Finding(f"GPU {index}", "yes", detail=detail)
 
 
@@ -176,7 +166,7 @@ def _triton(answer: Mapping[str, Any], torch: Mapping[str, Any], nvml: Mapping[s
     absent = _absent("Triton", answer, "kernels build, build-engine with the plugin", "pip install triton (Linux)")
     if absent is not None:
         return [absent]
-    able = [gpu for gpu in _gpus(nvml) if _release(gpu["capability"]) >= _OLDEST_CAPABILITY]
+    able = [gpu for gpu in _gpus(nvml) if _release(gpu["capability"] or "") >= _OLDEST_CAPABILITY]
     missing = [
         reason
         for reason, holds in (
@@ -261,9 +251,9 @@ def _tensorrt(answer: Mapping[str, Any]) -> Finding:
     if absent is not None:
         return absent
     version = str(answer["version"])
-    refusal = tensorrt_refusal(version)
+    refusal = version_refusal(version)
     if refusal is not None:
-        return Finding("TensorRT", "no", version, refusal, needed, "pip install 'tensorrt>=10.15'")
+        return Finding("TensorRT", "no", version, refusal, needed, UPGRADE)
     return Finding("TensorRT", "yes", version)
 
 

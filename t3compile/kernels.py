@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
+from t3compile.errors import ModelFileError
 from t3compile.export.assemble_ptx import ARCHITECTURES
 from t3compile.export.kernel_set import KernelSet, Progress, build_kernel_set, check_folder
 from t3compile.export.kernel_sources import (
@@ -16,6 +18,7 @@ from t3compile.export.kernel_sources import (
     keys_of_preset,
     keys_of_program,
 )
+from t3compile.loading.recognize import MODEL_KINDS
 from t3compile.pipeline import load_program
 from t3compile.plan import Plan
 from t3compile.presets import PRESETS, preset_named
@@ -60,6 +63,16 @@ def build_kernels(
     return kernels
 
 
+def check_source(source: str | Path) -> None:
+    """Raise ModelFileError, which names all that a source can be, where this is no preset, file, folder or factory."""
+    known = [preset.name for preset in PRESETS]
+    if source not in known and ":" not in str(source) and not os.path.lexists(source):
+        raise ModelFileError(
+            f"there is no '{source}'; give a preset ({', '.join(known)}), an exported .onnx, a plan's .json, or a "
+            f"model: {MODEL_KINDS}"
+        )
+
+
 def _kernel_source(source: str | Path | Program, given: GivenNumbers) -> KernelSource:
     if isinstance(source, Program):
         return keys_of_program(source, "the program", given)
@@ -70,4 +83,5 @@ def _kernel_source(source: str | Path | Program, given: GivenNumbers) -> KernelS
         return keys_of_plan(Plan.read(path), str(path), given)
     if path.suffix == ".onnx":
         return keys_of_onnx(path, given)
+    check_source(source)
     return keys_of_program(load_program(path), str(path), given)

@@ -56,6 +56,9 @@ _FACTS: Mapping[str, Callable[[Any], dict[str, Any]]] = {
 }
 
 
+_NOT_SUPPORTED = 3  # NVML_ERROR_NOT_SUPPORTED: GPUs that share the host's memory do not tell it
+
+
 class _Memory(ctypes.Structure):
     """nvmlMemory_t: bytes."""
 
@@ -69,10 +72,12 @@ def _ask_driver() -> dict[str, Any]:
     except OSError:
         return {"missing": True}
 
-    def call(name: str, *arguments: Any) -> None:
+    def call(name: str, *arguments: Any, optional: bool = False) -> bool:
+        """Whether it was answered; only what is optional may be not supported."""
         code = getattr(library, name)(*arguments)
-        if code != 0:
+        if code != 0 and not (optional and code == _NOT_SUPPORTED):
             raise RuntimeError(f"{name} of libnvidia-ml.so.1 returned {code}")
+        return bool(code == 0)
 
     call("nvmlInit_v2")
     try:
@@ -88,10 +93,13 @@ def _ask_driver() -> dict[str, Any]:
             device, memory = ctypes.c_void_p(), _Memory()
             call("nvmlDeviceGetHandleByIndex_v2", index, ctypes.byref(device))
             call("nvmlDeviceGetName", device, text, len(text))
-            call("nvmlDeviceGetMemoryInfo", device, ctypes.byref(memory))
-            call("nvmlDeviceGetCudaComputeCapability", device, ctypes.byref(major), ctypes.byref(minor))
-            capability = f"{major.value}.{minor.value}"
-            gpus.append({"name": text.value.decode(), "capability": capability, "bytes": memory.total})
+            numbers = ctypes.byref(major), ctypes.byref(minor)
+            told = call("nvmlDeviceGetCudaComputeCapability", device, *numbers, optional=True)
+            capability = f"{major.value}.{minor.value}" if told else None
+            size = (
+                memory.total if call("nvmlDeviceGetMemoryInfo", device, ctypes.byref(memory), optional=True) else None
+            )
+            gpus.append({"name": text.value.decode(), "capability": capability, "bytes": size})
         return {"version": driver, "cuda": cuda, "gpus": gpus}
     finally:
         library.nvmlShutdown()

@@ -43,8 +43,9 @@ class EngineTransformer(nn.Module):
     """Runs an engine under the call signature and the attributes of the model that it was exported from.
 
     Tensors go to the engine's inputs by forward's names (nested ones joined by "_", as torch.export names them), cast
-    to its dtypes where no value is lost to rounding towards integers; outputs come back on the device of the first
-    tensor given, in ``dtype`` if any input was cast. A tuple, or the output class under ``return_dict``; models without
+    to its dtypes (an InputsError where that changes a whole number or makes a finite value infinite); outputs come back
+    on the device of the first tensor given, in ``dtype`` if any input was cast. A tuple, or the output class under
+    ``return_dict``; models without
     ``return_dict`` return what the engine does. Arguments that the trace fixed (None, bools, numbers, text) must have
     the values of the trace: another one is an InputsError, as is another shape. Where the file does not tell them, a
     warning names each one that is not forward's default. Other objects are taken to be those of the trace.
@@ -215,14 +216,23 @@ def _leaves(given: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
 
 
 def _cast(spec: EngineInput, value: Tensor) -> Tensor:
-    """The value in the input's dtype; InputsError where an integer one cannot hold it."""
+    """The value in the input's dtype; InputsError where that changes whole numbers or makes finite values infinite."""
     dtype = getattr(torch, spec.dtype)
     if value.dtype == dtype or value.is_complex():
         return value
     cast = value.to(dtype)
-    if not (dtype.is_floating_point or dtype.is_complex) and not torch.equal(cast.to(value.dtype), value):
+    if not _holds(cast, value):
         raise InputsError(
             f"input '{spec.name}' holds {str(value.dtype).removeprefix('torch.')} values that the engine's "
             f"{spec.dtype} cannot: trace and export the model with inputs of the pipeline's dtype"
         )
     return cast
+
+
+def _holds(cast: Tensor, value: Tensor) -> bool:
+    real = cast.real if cast.is_complex() else cast
+    if not (value.is_floating_point() and real.is_floating_point()):
+        return torch.equal(real.to(value.dtype), value)
+    if torch.finfo(real.dtype).max >= torch.finfo(value.dtype).max:
+        return True
+    return torch.equal(real.isfinite(), value.isfinite())

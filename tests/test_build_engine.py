@@ -773,6 +773,31 @@ def test_the_command_takes_a_rewritten_program(machine: Machine, program: Progra
     assert read_manifest(machine.engine).precision == "float16"
 
 
+@pytest.mark.parametrize("precision", ["fp16", "float16"])
+def test_both_spellings_of_a_precision_are_taken(machine: Machine, precision: str) -> None:
+    result = _run(str(machine.onnx), "-o", str(machine.engine), "--precision", precision)
+    assert result.exit_code == 2
+    assert "float16 was asked for" in result.stderr
+
+
+def test_the_command_refuses_model_options_with_an_onnx_file(machine: Machine) -> None:
+    options = ("--frames", "9", "--random-weights", "--seed", "0", "--dtype", "bf16", "--weights", "w.safetensors")
+    result = _run(str(machine.onnx), "-o", str(machine.engine), *options)
+    assert result.exit_code == 2
+    expected = "is no model to load: leave out --weights, --random-weights, --seed, --dtype, --frames"
+    assert expected in " ".join(result.stderr.split())
+    assert machine.behaviour.calls == []
+    assert machine.written == []
+
+
+def test_the_command_refuses_an_engine_without_weights_before_loading(machine: Machine, program: Program) -> None:
+    program.save(machine.folder / "windows.pt2")
+    result = _run(str(machine.folder / "windows.pt2"), "-o", str(machine.engine), "--strip-weights")
+    assert result.exit_code == 2
+    assert "takes them from its ONNX file: export the model with 't3compile export'" in result.stderr
+    assert "loading" not in result.stderr
+
+
 @pytest.mark.parametrize("size", ["0", "much", "4TB", "-1GiB", "4 GiB B"])
 def test_the_command_refuses_what_is_no_size(machine: Machine, size: str) -> None:
     result = _run(str(machine.onnx), "-o", str(machine.engine), "--workspace", size)

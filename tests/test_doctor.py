@@ -20,7 +20,8 @@ from click.testing import CliRunner
 
 from t3compile import doctor
 from t3compile.cli import main
-from t3compile.doctor import Finding, examine, tensorrt_refusal
+from t3compile.doctor import Finding, examine
+from t3compile.tensorrt_versions import version_refusal
 
 ROOT = Path(__file__).parents[1]
 COMPILER = shutil.which("cc") or shutil.which("gcc")
@@ -252,7 +253,7 @@ def test_diffusers_without_what_it_depends_on_is_broken(machine: Machine) -> Non
 
 @pytest.mark.parametrize("version", ["10.13.0.35", "10.13.3.9", "10.15.1", "10.16.1.11", "11.0.0", "11.4.0.1"])
 def test_supported_tensorrt(version: str) -> None:
-    assert tensorrt_refusal(version) is None
+    assert version_refusal(version) is None
 
 
 @pytest.mark.parametrize(
@@ -263,11 +264,12 @@ def test_supported_tensorrt(version: str) -> None:
         ("10.12.0", "too old"),
         ("10.14.1.48", "is refused"),
         ("10.14", "is refused"),
-        ("", "too old"),
+        ("", "cannot be read"),
+        ("unknown", "cannot be read"),
     ],
 )
 def test_refused_tensorrt(version: str, reason: str) -> None:
-    refusal = tensorrt_refusal(version)
+    refusal = version_refusal(version)
     assert refusal is not None
     assert reason in refusal
     assert version in refusal
@@ -326,22 +328,25 @@ int nvmlDeviceGetName(void *device, char *text, unsigned length) {
 }
 int nvmlDeviceGetMemoryInfo(void *device, struct memory *memory) {
     memory->total = 80ULL << 30;
-    return shut || !device;
+    return (size_t)device == UNSUPPORTED ? 3 : (size_t)device == LOST ? 15 : shut || !device;
 }
 int nvmlDeviceGetCudaComputeCapability(void *device, int *major, int *minor) {
     *major = MAJOR;
     *minor = (int)(size_t)device - 1;
-    return shut;
+    return (size_t)device == UNSUPPORTED ? 3 : shut;
 }
 """
 
 
-def _driver(machine: Machine, *, init: int = 0, count: int = 2, major: int = 9) -> None:
+def _driver(
+    machine: Machine, *, init: int = 0, count: int = 2, major: int = 9, unsupported: int = 0, lost: int = 0
+) -> None:
     if COMPILER is None:
         pytest.skip("no C compiler for a library in the driver's place")
     source = machine.folder / "nvml.c"
     source.write_text(_NVML)
-    defined = (f"-DINIT={init}", f"-DCOUNT={count}", f"-DMAJOR={major}")
+    values = {"INIT": init, "COUNT": count, "MAJOR": major, "UNSUPPORTED": unsupported, "LOST": lost}
+    defined = [f"-D{name}={value}" for name, value in values.items()]
     library = machine.folder / "libnvidia-ml.so.1"
     subprocess.run([COMPILER, "-shared", "-fPIC", *defined, source, "-o", library], check=True)
     machine.environment |= {"LD_LIBRARY_PATH": str(machine.folder)}
@@ -400,6 +405,20 @@ def test_a_driver_that_does_not_answer(machine: Machine) -> None:
     found = machine.examine()["GPU"]
     assert found.status == "broken"
     assert "nvmlInit_v2 of libnvidia-ml.so.1 returned 18" in found.detail
+
+
+def test_what_a_gpu_does_not_tell_is_unknown_and_its_neighbour_whole(machine: Machine) -> None:
+    _driver(machine, unsupported=1)
+    _cuda_packages(machine, "13.0")
+    found = machine.examine()
+    assert found["GPU 0"] == Finding("GPU 0", "yes", "", "Test GPU 1, compute capability unknown, memory unknown")
+    assert found["GPU 1"].detail == "Test GPU 2, compute capability 9.1, 80 GiB"
+    assert found["Triton kernels on CUDA"].status == "yes"
+
+
+def test_another_failure_of_a_gpu_is_broken(machine: Machine) -> None:
+    _driver(machine, lost=2)
+    assert "nvmlDeviceGetMemoryInfo of libnvidia-ml.so.1 returned 15" in machine.examine()["GPU"].detail
 
 
 # --- the command line ----------------------------------------------------------------------------

@@ -20,7 +20,7 @@ from click.testing import CliRunner, Result
 
 import t3compile
 from t3compile.cli import main
-from t3compile.errors import KernelError, OutputError
+from t3compile.errors import KernelError, ModelFileError, OutputError
 from t3compile.export import build_tactics, check_ptx
 from t3compile.export.assemble_ptx import PTXAS_VARIABLE, find_ptxas
 from t3compile.export.check_ptx import TEXT_GATES
@@ -300,6 +300,16 @@ def test_a_model_is_planned_and_rewritten(tmp_path: Path) -> None:
         ("plan.json --heads 2", "give --head-dim"),
         ("plan.json --heads 2 --head-dim 64 --frames 9", "'plan.json' is no model to load: leave out --frames"),
         ("t3-wan2.1-4k --schedule 1,2,3 --seed 3", "leave out --seed, --schedule"),
+        ("t3-wan2.1-4k --min-tokens 0", "leave out --min-tokens"),
+        ("t3-wan2.1-4k --schedule auto --seed 0 --plan plan.json", "leave out --seed, --schedule, --plan"),
+        (
+            "t3-wan2.1-4k --no-assemble --arch 90",
+            "--arch says what ptxas assembles for: leave it out",
+        ),
+        (
+            "t3-wan9",
+            "give a preset (t3-wan2.1-4k, t3-wan2.2-4k), an exported .onnx, a plan's .json",
+        ),
         ("full.json --heads 2 --head-dim 64", "leaves all sites full"),
         ("nowhere.json", "cannot read the plan 'nowhere.json'"),
         ("nowhere.onnx", "cannot read 'nowhere.onnx': No such file"),
@@ -320,8 +330,13 @@ def test_what_is_wrong_is_one_sentence(
     result = _invoke(*arguments.split(), "-o", "out")
     assert result.exit_code == 2, result.output
     assert message in result.stderr
-    assert result.stderr.count("error:") == 1
+    assert result.stderr.lower().count("error:") == 1
     assert not Path("out").exists()
+
+
+def test_a_source_that_is_nothing_is_told_what_it_can_be(tmp_path: Path) -> None:
+    with pytest.raises(ModelFileError, match=r"no 't3-wan9'; give a preset \(t3-wan2.1-4k, .*\.onnx, .*\.json"):
+        _build("t3-wan9", tmp_path / "out")
 
 
 # --- what fails leaves nothing -------------------------------------------------------------------

@@ -401,6 +401,39 @@ def test_dtypes_are_cast_and_never_to_another_whole_number() -> None:
         swapped(**{**CALL, "timestep": torch.tensor([5.5])})
 
 
+CASTS: list[tuple[str, Tensor, bool]] = [
+    ("bfloat16", torch.tensor([999]), False),
+    ("bfloat16", torch.tensor([992]), True),
+    ("float16", torch.tensor([1_000_000]), False),
+    ("float32", torch.tensor([2**24 + 1]), False),
+    ("float32", torch.tensor([2**24]), True),
+    ("float32", torch.tensor([True]), True),
+    ("float16", torch.tensor([1e6]), False),
+    ("float16", torch.tensor([0.1]), True),
+    ("float16", torch.tensor([float("inf")]), True),
+    ("float32", torch.tensor([1e300], dtype=torch.float64), False),
+    ("bfloat16", torch.tensor([1e6], dtype=torch.float32), True),
+]
+
+
+@pytest.mark.parametrize(("dtype", "value", "fits"), CASTS)
+def test_whole_numbers_stay_and_finite_ones_stay_finite(dtype: str, value: Tensor, fits: bool) -> None:
+    class Taking(_Foreign):
+        inputs = (_Foreign.inputs[0], EngineInput("timestep", (1,), dtype))
+
+        def __call__(self, hidden_states: Tensor, timestep: Tensor) -> Any:
+            assert torch.equal(timestep, value.to(getattr(torch, dtype)))
+            return hidden_states
+
+    swapped = t3compile.as_transformer(Taking(), Tiny())
+    if fits:
+        swapped(**{**CALL, "timestep": value})
+        return
+    given = str(value.dtype).removeprefix("torch.")
+    with pytest.raises(InputsError, match=f"input 'timestep' holds {given} values that the engine's {dtype} cannot"):
+        swapped(**{**CALL, "timestep": value})
+
+
 def test_nested_tensors_go_to_the_inputs_that_the_trace_named() -> None:
     class Nested(nn.Module):
         def forward(self, xs: list[Tensor], extra: dict[str, Tensor]) -> Tensor:

@@ -662,8 +662,13 @@ def test_a_repository_that_cannot_be_written_is_refused(windows: Path, tmp_path:
     with pytest.raises(OutputError, match="cannot write"):
         deploy_triton_server(windows, tmp_path / "no" / "where")
     (tmp_path / "file").write_text("mine")
-    with pytest.raises(OutputError, match="cannot write"):
-        deploy_triton_server(windows, tmp_path / "file")
+    (tmp_path / "gone").symlink_to(tmp_path / "nothing")
+    for name in ("file", "gone"):
+        with pytest.raises(OutputError) as raised:
+            deploy_triton_server(windows, tmp_path / name)
+        expected = f"cannot write '{tmp_path / name}': it is in the way; give a folder, or a name that is free"
+        assert str(raised.value) == expected
+    (tmp_path / "gone").unlink()
     assert _files(tmp_path) == ["file"]
 
 

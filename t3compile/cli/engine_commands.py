@@ -7,20 +7,17 @@ from typing import Any
 
 import click
 
-from t3compile.cli.options import json_option, model_options, read_size, shielded
+from t3compile.cli.options import dtype_option, json_option, model_options, read_size, refuse_options, shielded
 from t3compile.cli.steps import load_model
-
-_PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 
 
 @click.command("build-engine")
 @model_options
 @json_option
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The .engine to write.")
-@click.option(
+@dtype_option(
     "--precision",
-    type=click.Choice(list(_PRECISIONS)),
-    help="Dtype of weights and matrix products; norms and RoPE stay float32. An .onnx must be in it. Default: as is.",
+    "Dtype of weights and matrix products; norms and RoPE stay float32. An .onnx must be in it. Default: as is.",
 )
 @click.option(
     "--attention",
@@ -43,7 +40,7 @@ _PRECISIONS = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
 def build_engine(
     as_json: bool,
     output: Path,
-    precision: str | None,
+    precision: Any,
     attention: Any,
     workspace: int | None,
     timing_cache: Path | None,
@@ -58,22 +55,33 @@ def build_engine(
     (OUTPUT.manifest.json) and its layers (OUTPUT.layers.json).
     """
     from t3compile.building import build_engine as build
+    from t3compile.building import check_refittable
     from t3compile.export.build_engine import PURPOSE
     from t3compile.export.build_network import BuildSettings
     from t3compile.export.tensorrt_api import load_tensorrt_and_device
     from t3compile.files import check_writable
+    from t3compile.loading.recognize import recognize
     from t3compile.report import build_progress, say, show_json
 
+    model, settings = (
+        options["model"],
+        BuildSettings(workspace, timing_cache, weight_streaming, strip_weights, opt_level),
+    )
+    is_onnx = _is_onnx(model)
+    if is_onnx:
+        refuse_options(options.keys() - {"model"}, model)
+    else:
+        recognize(model)
+        check_refittable(settings)
     check_writable(output)
     # Before the model is loaded, which may take minutes.
     load_tensorrt_and_device(PURPOSE)
-    settings = BuildSettings(workspace, timing_cache, weight_streaming, strip_weights, opt_level)
-    source = Path(options["model"]) if _is_onnx(options["model"]) else load_model(options)
+    source = Path(model) if is_onnx else load_model(options)
     with build_progress() as progress:
         report = build(
             source,
             output,
-            precision=_PRECISIONS[precision] if precision else None,  # type: ignore[arg-type]
+            precision=precision,
             attention=attention,
             settings=settings,
             progress=progress,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from t3compile.cli.options import CHECK_FAILED, json_option, model_options, read_size, shielded
+from t3compile.cli.options import CHECK_FAILED, dtype_option, json_option, model_options, read_size, shielded
 from t3compile.cli.steps import load_model
 from t3compile.export.runtimes import RUNTIME_NAMES
 
@@ -27,11 +27,7 @@ if TYPE_CHECKING:
     show_default=True,
     help="ONNX, or an AOTInductor package compiled for this machine's CPU (needs a C++ compiler).",
 )
-@click.option(
-    "--precision",
-    type=click.Choice(["float32", "float16", "bfloat16"]),
-    help="Dtype of weights and matrix products; default: as traced.",
-)
+@dtype_option("--precision", "Dtype of weights and matrix products; default: as traced.")
 @click.option(
     "--attention",
     "form",

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from t3compile.cli.options import grid_option, json_option, model_options, plan_options, shielded
+from t3compile.cli.options import grid_option, json_option, model_options, plan_options, refuse_options, shielded
 from t3compile.cli.steps import load_model, say_what_is_left, survey_and_plan
 
 if TYPE_CHECKING:
@@ -59,17 +59,21 @@ def build(
     --head-dim). Writes <entry>.ptx files and kernels.json.
     """
     from t3compile.export.kernel_set import check_folder
-    from t3compile.kernels import build_kernels
+    from t3compile.kernels import build_kernels, check_source
     from t3compile.presets import PRESETS
     from t3compile.report import progress, say, show_json, show_kernels
 
+    if architectures and not assemble:
+        raise click.UsageError("--arch says what ptxas assembles for: leave it out with --no-assemble")
     check_folder(output)
     source: str | Program = model
     numbers = {"heads": heads, "head_dim": head_dim}
     if model in [preset.name for preset in PRESETS] or model.endswith(_FILE_SUFFIXES):
-        _refuse_model_options({**options, "grid": grid, "plan": plan_file, "min_tokens": min_tokens}, schedule, model)
+        own = options.keys() - {"dtype", "batch"}
+        refuse_options(own | {"grid", "schedule", "min_tokens", "plan_file"}, model)
         numbers |= {"dtype": options["dtype"], "batch": options["batch"]}
     else:
+        check_source(model)
         source = _rewritten({**options, "model": model}, grid, schedule, min_tokens, plan_file)
     with progress() as step:
         built = build_kernels(
@@ -105,15 +109,3 @@ def _rewritten(
     survey, plan = survey_and_plan(program, grid, schedule, min_tokens, plan_file)
     say_what_is_left(survey, plan)
     return rewrite(program, plan)
-
-
-def _refuse_model_options(options: dict[str, Any], schedule: str, source: str) -> None:
-    """Raise KernelError for an option that says how to load or plan a model where none is loaded."""
-    from t3compile.errors import KernelError
-
-    given = [name for name, value in options.items() if value and name not in ("dtype", "batch")]
-    if schedule != "auto":
-        given.append("schedule")
-    if given:
-        names = ", ".join(f"--{name.replace('_', '-')}" for name in given)
-        raise KernelError(f"'{source}' is no model to load: leave out {names}")
