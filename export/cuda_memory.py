@@ -69,7 +69,7 @@ class TorchMemory:
         return int(self._stream.cuda_stream)
 
     def allocate(self, spec: EngineInput) -> int:
-        buffer = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device=self._device)
+        buffer = torch.empty(spec.fixed_shape, dtype=getattr(torch, spec.dtype), device=self._device)
         # TensorRT wants an address even of an empty tensor.
         buffer = buffer if buffer.numel() else torch.empty(1, dtype=buffer.dtype, device=self._device)
         self._buffers[buffer.data_ptr()] = buffer
@@ -115,7 +115,7 @@ class CudaPythonMemory:
         return int(self._stream)
 
     def allocate(self, spec: EngineInput) -> int:
-        bytes_needed = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype), device="meta").nbytes
+        bytes_needed = torch.empty(spec.fixed_shape, dtype=getattr(torch, spec.dtype), device="meta").nbytes
         address = int(self._call("cudaMalloc", max(bytes_needed, 1)))
         self._specs[address] = spec
         return address
@@ -130,7 +130,7 @@ class CudaPythonMemory:
         outputs = []
         for address in results:
             spec = self._specs[address]
-            output = torch.empty(spec.shape, dtype=getattr(torch, spec.dtype))
+            output = torch.empty(spec.fixed_shape, dtype=getattr(torch, spec.dtype))
             to_host = kinds.cudaMemcpyDeviceToHost
             self._call("cudaMemcpyAsync", output.data_ptr(), address, output.nbytes, to_host, self._stream)
             outputs.append(output)

@@ -31,6 +31,11 @@ class EngineInput:
     shape: tuple[int | str, ...]
     dtype: str
 
+    @property
+    def fixed_shape(self) -> tuple[int, ...]:
+        """The shape where no length is open, as in an engine; ValueError otherwise."""
+        return tuple(int(size) for size in self.shape)
+
     def __str__(self) -> str:
         return f"{self.name} {list(self.shape)} {self.dtype}"
 

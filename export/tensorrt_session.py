@@ -156,5 +156,5 @@ def _sample(spec: EngineInput) -> Tensor:
     """Seeded values: normal for floats, zero for the rest, which may be indices."""
     dtype = getattr(torch, spec.dtype)
     if not dtype.is_floating_point:
-        return torch.zeros(spec.shape, dtype=dtype)
-    return torch.randn(spec.shape, generator=torch.Generator().manual_seed(0)).to(dtype)
+        return torch.zeros(spec.fixed_shape, dtype=dtype)
+    return torch.randn(spec.fixed_shape, generator=torch.Generator().manual_seed(0)).to(dtype)

@@ -244,7 +244,7 @@ def _engine_tensor(tensor: EngineInput, side: str) -> ServedTensor:
             f"{side} '{tensor.name}' is a scalar, which the server's tensorrt backend cannot serve: build the engine "
             "from a model that takes it with shape [1], or deploy the .onnx"
         )
-    return _served(tensor.name, side, tensor.dtype, tuple(map(int, tensor.shape)))
+    return _served(tensor.name, side, tensor.dtype, tensor.fixed_shape)
 
 
 # --- how it is served ----------------------------------------------------------------------------
