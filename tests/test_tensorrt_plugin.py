@@ -17,7 +17,7 @@ from typing import Any
 import onnx_ir as ir
 import pytest
 
-from t3compile.export.build_tactics import TileTable, tile_table
+from t3compile.export.build_tactics import offered_tiles
 from t3compile.export.check_ptx import check_text, require_gates
 from t3compile.export.compile_kernel import CompiledKernel, entry_parameters
 from t3compile.export.plugin_kernels import PluginKernels, compile_plugin_layers, tactic_of
@@ -42,13 +42,13 @@ PRESET = FunctionKey(
     "attention",
 )
 KEYS = (PLAIN, GROUPED, ONE_BRANCH, PRESET)
-SMALL_TILES = TileTable((Tile(64, 64, 4, 2), Tile(64, 32, 4, 2)), ())
+SMALL_TILES = (Tile(64, 64, 4, 2), Tile(64, 32, 4, 2))
 DATA_TYPES = {"float16": "HALF", "bfloat16": "BF16", "bool": "BOOL"}
 
 
-def few_tiles(launch: WindowLaunch) -> TileTable:
-    """The table of the real pattern, and two tiles for the others, so that the tests are quick."""
-    return tile_table(launch) if launch.head_dim == PRESET.head_dim else SMALL_TILES
+def few_tiles(launch: WindowLaunch) -> tuple[Tile, ...]:
+    """The tiles of the real pattern, and two for the others, so that the tests are quick."""
+    return offered_tiles(launch) if launch.head_dim == PRESET.head_dim else SMALL_TILES
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ class Planned:
 def planned(tmp_path_factory: pytest.TempPathFactory) -> Planned:
     model = file_of(KEYS, tmp_path_factory.mktemp("file") / "model.onnx")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("t3compile.export.build_tactics.tile_table", few_tiles)
+        patch.setattr("t3compile.export.build_tactics.offered_tiles", few_tiles)
         plugins, kernels = compile_plugin_layers(plan_plugin_layers(model))
     assert not plugins.declined
     return Planned(plugins, kernels, with_plugin_nodes(model, plugins))
@@ -90,8 +90,7 @@ def test_the_template_gets_types_shapes_formats_and_tactics(planned: Planned, an
         dtypes = [DATA_TYPES[x.dtype] for x in (*layer.inputs, layer.output)]
         # One combination: a second would make the list longer.
         assert told["formats"] == [[dtype, "LINEAR"] for dtype in dtypes]
-        tiles = (tile_table if layer.function == PRESET.name else few_tiles)(layer.launch).offered
-        assert told["tactics"] == sorted(map(tactic_of, tiles))
+        assert told["tactics"] == sorted(map(tactic_of, few_tiles(layer.launch)))
     assert answers["failures"] == {}
 
 
@@ -150,7 +149,7 @@ from t3compile.export.prepare_plugins import prepare_plugins
 from tests.drive_plugin import install_stand_ins
 from tests.test_tensorrt_plugin import few_tiles
 
-tactics.tile_table = few_tiles
+tactics.offered_tiles = few_tiles
 _, registry = install_stand_ins()
 prepared = prepare_plugins(ir.load(sys.argv[1]), tensorrt, architectures=(80,))
 kernels = prepared.kernels.compiled().values()
@@ -201,8 +200,9 @@ def test_the_kernel_reads_its_inputs_and_writes_its_last_pointer(planned: Planne
 
 def test_a_function_that_no_tile_suits_keeps_its_body(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     wide = replace(PLAIN, head_dim=256, value_dim=256)
-    tables = {256: TileTable((Tile(128, 64, 8, 2),), ()), 32: TileTable((Tile(64, 32, 4, 2),), ())}
-    monkeypatch.setattr("t3compile.export.build_tactics.tile_table", lambda launch: tables[launch.head_dim])
+    tiles = {256: (Tile(128, 64, 8, 2),), 32: (Tile(64, 32, 4, 2),)}
+    monkeypatch.setattr("t3compile.export.build_tactics.offered_tiles", lambda launch: tiles[launch.head_dim])
+    monkeypatch.setattr("t3compile.export.build_tactics.smaller_tiles", lambda launch: ())
     model = file_of([wide, ONE_BRANCH], tmp_path / "model.onnx")
     heard: list[str] = []
     plugins, kernels = compile_plugin_layers(plan_plugin_layers(model), on_layer=lambda layer: heard.append(layer.name))
@@ -215,7 +215,7 @@ def test_a_function_that_no_tile_suits_keeps_its_body(tmp_path: Path, monkeypatc
 
 def test_tiles_that_a_gate_refuses_are_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     fits, large = Tile(32, 32, 4, 1), Tile(128, 64, 8, 2)
-    monkeypatch.setattr("t3compile.export.build_tactics.tile_table", lambda launch: TileTable((fits, large), ()))
+    monkeypatch.setattr("t3compile.export.build_tactics.offered_tiles", lambda launch: (fits, large))
     key = replace(ONE_BRANCH, head_dim=256, value_dim=256)
     plugins, kernels = compile_plugin_layers(plan_plugin_layers(file_of([key], tmp_path / "model.onnx")))
     (layer,) = plugins.layers
