@@ -734,3 +734,18 @@ def test_no_tensor_has_more_than_eight_axes_and_nothing_is_gathered(args: Window
         implementation.window_attention(q, k, v, args, mask)
     assert seen.axes <= 8
     assert not seen.calls & {aten.index, aten.gather, aten.index_select, aten.scatter, aten.masked_fill, aten.where}
+
+
+def test_autocast_computes_in_its_dtype_like_sdpa() -> None:
+    """Norms under autocast give float32 queries and keys beside values in half."""
+    args = args_of((2, 3, 4), (1, 3, 2), prefix=1)
+    q, k, v = (torch.randn(1, 2, args.tokens, 8, requires_grad=True) for _ in range(3))
+    mask = torch.zeros(1, 1, 1, args.tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = WINDOW_ATTENTION(q, k, v.bfloat16(), *args.as_op_args(), mask=mask)
+        kept = WINDOW_ATTENTION(*(x.detach().double() for x in (q, k, v)), *args.as_op_args())
+    halves = [x.bfloat16() for x in (q, k, v)]
+    assert torch.equal(out, WINDOW_ATTENTION(*halves, *args.as_op_args(), mask=mask.bfloat16()))
+    assert (out.dtype, kept.dtype) == (torch.bfloat16, torch.float64)
+    out.float().sum().backward()
+    assert q.grad is not None and q.grad.dtype == torch.float32

@@ -17,6 +17,7 @@ Source: arXiv 2512.13492; prefix/suffix tokens and masks over them are an own ex
 from __future__ import annotations
 
 import warnings
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -152,8 +153,27 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
     return (*grads, *(None for _ in range(ctx.given - 3)))
 
 
+def _autocast(device: str) -> Callable[..., Tensor]:
+    """The op under autocast on a device: floating tensors in autocast's dtype, as torch's SDPA does."""
+
+    def run(*op_args: Any, **named: Any) -> Tensor:
+        dtype = torch.get_autocast_dtype(device)
+
+        def cast(x: Any) -> Any:
+            is_wide = isinstance(x, Tensor) and x.dtype in (torch.float32, torch.float16, torch.bfloat16)
+            return x.to(dtype) if is_wide else x
+
+        with torch.autocast(device, enabled=False):
+            out: Tensor = WINDOW_ATTENTION(*map(cast, op_args), **{name: cast(x) for name, x in named.items()})
+            return out
+
+    return run
+
+
 torch.library.define(OP_NAME, _SCHEMA)
 torch.library.impl(OP_NAME, "CompositeExplicitAutograd")(_kernel)
+for _device, _key in (("cpu", "AutocastCPU"), ("cuda", "AutocastCUDA")):
+    torch.library.impl(OP_NAME, _key)(_autocast(_device))
 torch.library.register_fake(OP_NAME)(_fake)
 torch.library.register_autograd(OP_NAME, _backward, setup_context=_save_for_backward)
 
