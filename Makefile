@@ -3,20 +3,26 @@ PYTHON ?= $(shell for p in python3 python3.12 python3.11; do $$p -c 'import sys;
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+# Bindings alone (1.2 MB each): tests check names and signatures against them, with a stub in the place of libnvinfer.
+TENSORRT_VERSIONS := tests/tensorrt_versions.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo bench bench-14b speed test models check lint types imports wheel clean
+.PHONY: help setup demo bench bench-14b bench-kernel speed test models check lint types imports wheel clean
 
 help: ## List the targets
-	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 11
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
 
 setup: $(STAMP) ## Create .venv with the pinned dependencies
 
-$(STAMP): pyproject.toml constraints.txt
+$(STAMP): pyproject.toml constraints.txt $(TENSORRT_VERSIONS)
 	@test -n "$(PYTHON)" || { echo "no Python >= 3.11 found; name one: make PYTHON=/path/to/python3.11"; exit 1; }
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[cpu,diffusers,dev]'
+	@for v in $$(cat $(TENSORRT_VERSIONS)); do \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --upgrade --target $(VENV)/tensorrt/$$v \
+	    tensorrt_cu13_bindings==$$v || echo "no bindings of TensorRT $$v for this Python: tests that read them skip"; \
+	done
 	@touch $@
 
 demo: $(STAMP) ## The whole line on Wan2.1-T2V-1.3B's configuration: load, rewrite, verify, export, run (about two minutes)
@@ -24,6 +30,9 @@ demo: $(STAMP) ## The whole line on Wan2.1-T2V-1.3B's configuration: load, rewri
 
 bench: $(STAMP) ## The demo's rewritten and full models side by side in onnxruntime, more repeats
 	$(BIN)/python -m t3compile.demo --bench
+
+bench-kernel: $(STAMP) ## Full attention, regrouped tokens and the kernel side by side on a GPU, both presets (minutes)
+	$(BIN)/python -m tests.bench_kernel
 
 speed: $(STAMP) ## Seconds that detection, planning and rewriting take at 15, 30 and 60 blocks (some minutes)
 	$(BIN)/python -m tests.test_detection_speed

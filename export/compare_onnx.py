@@ -5,45 +5,14 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
-from t3compile.execute import execute
+from t3compile.export.compare_engine import compare_engine
 from t3compile.export.onnx_engine import OnnxEngine
 from t3compile.program import Program
-from t3compile.verification import Check, derived_check
+from t3compile.verification import Check
 
 
 def compare_onnx(path: Path, program: Program, inputs: Mapping[str, Tensor]) -> tuple[Check, ...]:
-    """One check per output: onnxruntime on ``inputs`` (by placeholder name) against the float64 run of the graph.
-
-    What is allowed comes from torch's own error, or from the change of the float64 result when the inputs move by one
-    rounding step, if that is larger: a model that magnifies rounding does so in every runtime.
-    """
-    ours = OnnxEngine(path)(**inputs)
-    plain = execute(program, inputs)
-    exact = execute(program, inputs, float64=True)
-    moved = execute(program, _moved(inputs), float64=True)
-    outputs = ours if isinstance(ours, tuple) else (ours,)
-    return tuple(
-        derived_check("onnx", f"output {i}", a, (_real(b), _real(d)), _real(c))
-        for i, (a, b, c, d) in enumerate(zip(outputs, plain, exact, moved, strict=True))
-    )
-
-
-def _real(x: Tensor) -> Tensor:
-    """Complex [...] as real [..., 2], the form in an ONNX file."""
-    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
-
-
-def _moved(inputs: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Floating inputs up or down by one rounding step of their dtype, at random, in float64."""
-    generator = torch.Generator().manual_seed(0)
-    moved = dict(inputs)
-    for name, x in inputs.items():
-        if x.is_floating_point() or x.is_complex():
-            parts = _real(x)
-            signs = torch.randint(0, 2, parts.shape, generator=generator).double() * 2 - 1
-            wide = parts.double() * (1 + torch.finfo(x.dtype).eps * signs)
-            moved[name] = torch.view_as_complex(wide) if x.is_complex() else wide
-    return moved
+    """compare_engine for the file in onnxruntime on the CPU."""
+    return compare_engine(OnnxEngine(path), program, inputs, "onnx")

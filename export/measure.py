@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from torch import Tensor
 
 
@@ -23,10 +24,14 @@ def peak_memory_bytes() -> int:
 
 @dataclass(frozen=True)
 class RunResult:
-    """Outputs of the last call, wall times of all, and the process's peak memory after them."""
+    """Outputs of the last call, wall times of all, and the process's peak memory after them.
+
+    ``dtypes`` are the engine's; bfloat16 values are kept, and saved, as float32.
+    """
 
     values: tuple[np.ndarray[Any, Any], ...]
     names: tuple[str, ...]
+    dtypes: tuple[str, ...]
     times_s: tuple[float, ...]
     peak_bytes: int
 
@@ -37,8 +42,8 @@ class RunResult:
     @property
     def outputs(self) -> list[tuple[str, list[int], str]]:
         """Name, shape and dtype of every output."""
-        pairs = zip(self.names, self.values, strict=True)
-        return [(name, list(value.shape), str(value.dtype)) for name, value in pairs]
+        triples = zip(self.names, self.values, self.dtypes, strict=True)
+        return [(name, list(value.shape), dtype) for name, value, dtype in triples]
 
     def save(self, path: Path) -> None:
         """Write all outputs as .npz under their names."""
@@ -56,7 +61,10 @@ class RunResult:
 
 
 def run_timed(engine: Callable[..., Any], inputs: Mapping[str, Any], repeat: int) -> RunResult:
-    """Call the engine ``repeat`` times on named inputs (positional ones are named "0", "1", ...)."""
+    """Call the engine ``repeat`` times on named inputs (positional ones are named "0", "1", ...).
+
+    A time is of the whole call until its outputs are there: an engine that leaves them on a GPU is waited for.
+    """
     positional = [inputs[name] for name in sorted((n for n in inputs if n.isdecimal()), key=int)]
     named = {name: value for name, value in inputs.items() if not name.isdecimal()}
     times = []
@@ -64,10 +72,22 @@ def run_timed(engine: Callable[..., Any], inputs: Mapping[str, Any], repeat: int
     for _ in range(repeat):
         start = time.perf_counter()
         result = engine(*positional, **named)
+        if any(isinstance(x, Tensor) and x.is_cuda for x in (result if isinstance(result, tuple) else (result,))):
+            torch.cuda.synchronize()
         times.append(time.perf_counter() - start)
     outputs = result if isinstance(result, tuple) else (result,)
-    values = tuple(x.numpy() if isinstance(x, Tensor) else np.asarray(x) for x in outputs)
+    values = tuple(_array(x) for x in outputs)
+    dtypes = tuple(str(x.dtype).removeprefix("torch.") for x in outputs)
     names = getattr(engine, "output_names", None) or tuple(
         "output" if len(values) == 1 else f"output_{i}" for i in range(len(values))
     )
-    return RunResult(values, tuple(names), tuple(times), peak_memory_bytes())
+    return RunResult(values, tuple(names), dtypes, tuple(times), peak_memory_bytes())
+
+
+def _array(x: Any) -> np.ndarray[Any, Any]:
+    if not isinstance(x, Tensor):
+        return np.asarray(x)
+    x = x.detach().cpu().resolve_conj().resolve_neg()
+    # numpy has no bfloat16; float32 holds it exactly.
+    array: np.ndarray[Any, Any] = (x.float() if x.dtype == torch.bfloat16 else x).numpy()
+    return array

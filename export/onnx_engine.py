@@ -2,178 +2,177 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import onnx_ir as ir
 import torch
+import torch.utils.dlpack
 from torch import Tensor
 
-from t3compile.errors import EngineError, InputsError, MissingExtraError, MissingKernelError, first_line
-from t3compile.export.name_inputs import name_inputs
-from t3compile.loading.recognize import TENSORRT_MAGIC
+from t3compile.errors import EngineError, MissingExtraError, MissingKernelError, first_line
+from t3compile.export.engine_inputs import (
+    FROZEN_PROPERTY,
+    EngineInput,
+    bind_engine_inputs,
+    check_tensor,
+    read_frozen,
+)
+from t3compile.export.onnx_file import check_onnx_file
+from t3compile.export.runtimes import (
+    BEST_FIRST,
+    CPU_PROVIDER,
+    CUDA_PROVIDER,
+    ONNXRUNTIMES,
+    TENSORRT_PROVIDER,
+    Runtime,
+)
 
-_NUMPY_TYPES: dict[str, np.dtype[Any]] = {
-    "tensor(float)": np.dtype(np.float32),
-    "tensor(float16)": np.dtype(np.float16),
-    "tensor(double)": np.dtype(np.float64),
-    "tensor(int64)": np.dtype(np.int64),
-    "tensor(int32)": np.dtype(np.int32),
-    "tensor(int16)": np.dtype(np.int16),
-    "tensor(int8)": np.dtype(np.int8),
-    "tensor(uint8)": np.dtype(np.uint8),
-    "tensor(bool)": np.dtype(np.bool_),
+# onnxruntime's names of dtypes -> torch's.
+_DTYPES = {
+    "tensor(float)": "float32",
+    "tensor(float16)": "float16",
+    "tensor(bfloat16)": "bfloat16",
+    "tensor(double)": "float64",
+    "tensor(int64)": "int64",
+    "tensor(int32)": "int32",
+    "tensor(int16)": "int16",
+    "tensor(int8)": "int8",
+    "tensor(uint8)": "uint8",
+    "tensor(bool)": "bool",
+}
+_BFLOAT16 = "tensor(bfloat16)"
+_INSTALL = {
+    CPU_PROVIDER: "pip install 't3compile[cpu]'",
+    CUDA_PROVIDER: "pip uninstall -y onnxruntime && pip install 't3compile[gpu]'",
+    TENSORRT_PROVIDER: "pip uninstall -y onnxruntime && pip install 't3compile[gpu,tensorrt]'",
 }
 
 
-_REMEDY = "give the .onnx file that 't3compile export' wrote, or copy it again"
-
-
-@dataclass(frozen=True)
-class EngineInput:
-    """Name, shape and numpy dtype of one input."""
-
-    name: str
-    shape: tuple[int | str, ...]
-    dtype: np.dtype[Any]
-
-    def __str__(self) -> str:
-        return f"{self.name} {list(self.shape)} {self.dtype}"
-
-
 class OnnxEngine:
-    """An ONNX file in onnxruntime on the CPU.
+    """An ONNX file in onnxruntime, on the CPU unless ``runtime`` names another provider.
 
-    Call it with tensors or arrays, by position or by input name. Complex inputs [...] are given to the file as real
-    [..., 2]; complex outputs come back so. Returns torch tensors when the first input is one, else numpy arrays: the
-    only output, or a tuple of them.
+    Call it with tensors (of any device) or arrays, by position or by input name. Complex inputs [...] are given to the
+    file as real [..., 2]; complex outputs come back so. Inputs and outputs pass through host memory, so a call has
+    ended when it returns. Returns torch tensors on the CPU when an input is one or an output is bfloat16, else numpy
+    arrays: the only output, or a tuple of them.
+
+    ``runtime`` is a name of export/runtimes.py; "onnxruntime" takes the best provider that starts and says in ``notes``
+    which did not. A provider chosen by name that is missing or does not start is an EngineError, where onnxruntime
+    itself would go on with the CPU. ``provider_options`` go to the wanted provider. How a GPU
+    provider is chosen is tested; a run on one is not.
     """
 
-    runtime = "onnxruntime-cpu"
-
-    def __init__(self, path: str | Path) -> None:
+    def __init__(
+        self,
+        path: str | Path,
+        runtime: str = "onnxruntime-cpu",
+        *,
+        provider_options: Mapping[str, str] | None = None,
+    ) -> None:
         try:
             import onnxruntime
         except ImportError:
             raise MissingExtraError("onnxruntime", "cpu", "running an ONNX file") from None
         path = Path(path)
         check_onnx_file(path)
-        options = onnxruntime.SessionOptions()
-        # The arena doubles the peak memory of large activations and gains no time (see BENCHMARKS.md).
-        options.enable_cpu_mem_arena = False
-        options.log_severity_level = 3  # errors; warnings are about its own optimisations
-        try:
-            self._session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-        except Exception as error:
-            kind = MissingKernelError if "NOT_IMPLEMENTED" in str(error) else EngineError
-            raise kind(f"onnxruntime cannot load '{path}': {first_line(error)}") from error
         self._path = path
+        self._session, self.runtime, self.notes = _start(onnxruntime, path, runtime, provider_options or {})
         self.inputs = tuple(_engine_input(value) for value in self._session.get_inputs())
         self.output_names = tuple(value.name for value in self._session.get_outputs())
+        self.frozen = read_frozen(self._session.get_modelmeta().custom_metadata_map.get(FROZEN_PROPERTY))
+        values = (*self._session.get_inputs(), *self._session.get_outputs())
+        self._passes_bfloat16 = any(value.type == _BFLOAT16 for value in values)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        given = self._named(args, kwargs)
-        arrays = {spec.name: _checked(spec, given[spec.name]) for spec in self.inputs}
+        given = bind_engine_inputs(self.inputs, args, kwargs)
+        tensors = {spec.name: check_tensor(spec, given[spec.name]).cpu() for spec in self.inputs}
         try:
-            outputs = self._session.run(None, arrays)
+            outputs = self._run_values(tensors) if self._passes_bfloat16 else self._run(tensors)
         except Exception as error:
             raise EngineError(f"onnxruntime cannot run '{self._path}': {first_line(error)}") from error
-        if any(isinstance(value, Tensor) for value in given.values()):
-            outputs = [torch.from_numpy(output) for output in outputs]
+        if not self._passes_bfloat16 and not any(isinstance(value, Tensor) for value in given.values()):
+            outputs = [output.numpy() for output in outputs]
         return outputs[0] if len(outputs) == 1 else tuple(outputs)
 
-    def _named(self, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> dict[str, Any]:
-        expected = ", ".join(map(str, self.inputs))
-        known = [spec.name for spec in self.inputs]
-        named = name_inputs(args, kwargs, known, expected)
-        for name in named:
-            if name not in known:
-                raise InputsError(f"unknown input '{name}'; the model's inputs are {expected}")
-        for spec in self.inputs:
-            if spec.name not in named:
-                raise InputsError(f"input '{spec.name}' is missing; the model's inputs are {expected}")
-        return named
+    def _run(self, tensors: Mapping[str, Tensor]) -> list[Any]:
+        outputs = self._session.run(None, {name: tensor.numpy() for name, tensor in tensors.items()})
+        return [torch.from_numpy(output) for output in outputs]
+
+    def _run_values(self, tensors: Mapping[str, Tensor]) -> list[Any]:
+        """bfloat16, which numpy does not have, goes in and out through dlpack."""
+        from onnxruntime import OrtValue
+
+        values = {
+            name: OrtValue.from_dlpack(tensor.contiguous())
+            if tensor.dtype == torch.bfloat16
+            else OrtValue.ortvalue_from_numpy(tensor.contiguous().numpy())
+            for name, tensor in tensors.items()
+        }
+        outputs = self._session.run_with_ort_values(None, values)
+        return [
+            torch.utils.dlpack.from_dlpack(output).cpu()
+            if output.data_type() == _BFLOAT16
+            else torch.from_numpy(output.numpy())
+            for output in outputs
+        ]
+
+
+def _start(
+    onnxruntime: Any, path: Path, name: str, provider_options: Mapping[str, str]
+) -> tuple[Any, str, tuple[str, ...]]:
+    """A session with the wanted provider, or the best that starts; which runtime that is, and which did not start."""
+    available = onnxruntime.get_available_providers()
+    options = onnxruntime.SessionOptions()
+    # The arena doubles the peak memory of large activations and gains no time (see BENCHMARKS.md).
+    options.enable_cpu_mem_arena = False
+    options.log_severity_level = 3  # errors; warnings are about its own optimisations
+    notes: list[str] = []
+    candidates = _candidates(name, available)
+    for runtime in candidates:
+        wanted = runtime.providers[0]
+        providers: list[Any] = [provider for provider in runtime.providers if provider in available]
+        if provider_options:
+            providers[0] = (wanted, dict(provider_options))
+        is_last = runtime is candidates[-1]
+        try:
+            # Without its fallback, which prints to stdout and goes on with the CPU.
+            session = onnxruntime.InferenceSession(str(path), options, providers=providers, enable_fallback=0)
+        except Exception as error:
+            if is_last:
+                kind = MissingKernelError if "NOT_IMPLEMENTED" in str(error) else EngineError
+                raise kind(f"onnxruntime cannot load '{path}' in {wanted}: {first_line(error)}") from error
+            notes.append(f"onnxruntime cannot load '{path}' in {wanted} and takes the next one: {first_line(error)}")
+            continue
+        started = session.get_providers()
+        if wanted in started:
+            return session, runtime.name, tuple(notes)
+        if is_last:
+            raise EngineError(
+                f"runtime '{runtime.name}' was chosen, and onnxruntime could not start {wanted} on this machine (it "
+                f"would have gone on with {', '.join(started)}): an NVIDIA GPU, its driver and the provider's "
+                "libraries are needed, and onnxruntime's log names what is missing; or choose runtime onnxruntime-cpu"
+            )
+        notes.append(f"onnxruntime has {wanted} and could not start it on this machine: the next one is taken")
+    raise AssertionError("a runtime has at least one candidate")
+
+
+def _candidates(name: str, available: Sequence[str]) -> list[Runtime]:
+    """The runtimes to try in order; EngineError where onnxruntime was not built with the provider."""
+    known = {runtime.name: runtime for runtime in ONNXRUNTIMES}
+    names = BEST_FIRST if name == "onnxruntime" else (name,)
+    candidates = [known[one] for one in names if known[one].providers[0] in available]
+    if not candidates:
+        wanted = known[names[-1]].providers[0]
+        raise EngineError(
+            f"runtime '{name}' needs onnxruntime's {wanted}, and the installed onnxruntime has only "
+            f"{', '.join(available) or 'none'}: {_INSTALL[wanted]}"
+        )
+    return candidates
 
 
 def _engine_input(value: Any) -> EngineInput:
-    if value.type not in _NUMPY_TYPES:
-        raise EngineError(f"input '{value.name}' has type {value.type}, which numpy cannot hold")
-    return EngineInput(value.name, tuple(value.shape), _NUMPY_TYPES[value.type])
-
-
-def _checked(spec: EngineInput, value: Any) -> np.ndarray[Any, Any]:
-    if isinstance(value, Tensor) and value.dtype == torch.bfloat16:
-        raise InputsError(f"input '{spec.name}' has dtype bfloat16, expected {spec.dtype}")
-    array = value.detach().cpu().resolve_conj().numpy() if isinstance(value, Tensor) else np.asarray(value)
-    if np.iscomplexobj(array):
-        array = np.stack([array.real, array.imag], axis=-1)
-    if array.dtype != spec.dtype:
-        raise InputsError(f"input '{spec.name}' has dtype {array.dtype}, expected {spec.dtype}")
-    fits = len(array.shape) == len(spec.shape) and all(
-        isinstance(want, str) or want == got for want, got in zip(spec.shape, array.shape, strict=False)
-    )
-    if not fits:
-        raise InputsError(f"input '{spec.name}' has shape {list(array.shape)}, expected {list(spec.shape)}")
-    return array
-
-
-def check_onnx_file(path: Path) -> None:
-    """Raise EngineError unless `path` is an ONNX model whose external data stays in its own folder."""
-    if path.is_dir():
-        raise EngineError(f"'{path}' is a folder; give the .onnx file that 't3compile export' wrote")
-    if not path.is_file():
-        raise EngineError(f"'{path}' does not exist; give the .onnx file that 't3compile export' wrote")
-    with path.open("rb") as file:
-        if file.read(4) in TENSORRT_MAGIC:
-            raise EngineError(
-                f"'{path}' is a TensorRT engine, which this version of t3compile cannot run; give the .onnx file it "
-                "was built from"
-            )
-    try:
-        model = ir.load(path)
-    except Exception as error:
-        raise EngineError(f"'{path}' is not an ONNX model, or is damaged ({type(error).__name__}); {_REMEDY}") from None
-    if not model.graph.outputs:
-        raise EngineError(f"'{path}' is not an ONNX model: it has no outputs; {_REMEDY}")
-    folder = path.resolve().parent
-    for tensor in _external_tensors(model):
-        location = Path(str(tensor.location))
-        target = (folder / location).resolve()
-        if location.is_absolute() or folder not in target.parents:
-            raise EngineError(
-                f"'{path}' refers to external data outside its folder ('{location}'): such a file is not loaded"
-            )
-        if not target.is_file():
-            raise EngineError(f"'{path}' needs its external data '{location}', which is not beside it: copy both files")
-
-
-def _external_tensors(model: ir.Model) -> Iterator[ir.ExternalTensor]:
-    roots: list[ir.Graph | ir.Function] = [model.graph, *model.functions.values()]
-    for root in roots:
-        tensors = _initializers(root) if isinstance(root, ir.Graph) else []
-        for node in ir.traversal.RecursiveGraphIterator(root):
-            for attribute in node.attributes.values():
-                tensors += _attribute_tensors(attribute)
-        yield from (tensor for tensor in tensors if isinstance(tensor, ir.ExternalTensor))
-
-
-def _initializers(graph: ir.Graph) -> list[object]:
-    return [value.const_value for value in graph.initializers.values()]
-
-
-def _attribute_tensors(attribute: ir.Attr) -> list[object]:
-    """Tensors of an attribute, those of its subgraphs' initializers included."""
-    match attribute.type:
-        case ir.AttributeType.TENSOR:
-            return [attribute.value]
-        case ir.AttributeType.TENSORS:
-            return list(attribute.value)
-        case ir.AttributeType.GRAPH:
-            return _initializers(attribute.value)
-        case ir.AttributeType.GRAPHS:
-            return [tensor for graph in attribute.value for tensor in _initializers(graph)]
-        case _:
-            return []
+    if value.type not in _DTYPES:
+        raise EngineError(f"input '{value.name}' has type {value.type}, which torch cannot hold")
+    shape = tuple("?" if length is None else length for length in value.shape)
+    return EngineInput(value.name, shape, _DTYPES[value.type])

@@ -61,11 +61,17 @@ class FunctionKey:
     dtype: str
     form: AttentionForm
     mask: MaskKey | None = None
+    key_heads: int = None  # type: ignore[assignment]  # not given: as many as the queries have
+
+    def __post_init__(self) -> None:
+        if self.key_heads is None:
+            object.__setattr__(self, "key_heads", self.heads)
 
     @property
     def name(self) -> str:
         """WindowAttention_<first ten hex digits of the hash of the configuration>."""
         masked = () if self.mask is None else (self.mask.shape, self.mask.dtype)
+        grouped = () if self.key_heads == self.heads else (("key_heads", self.key_heads),)
         fields = (
             *self.args.as_op_args(),
             self.batch,
@@ -75,6 +81,7 @@ class FunctionKey:
             self.dtype,
             self.form,
             *masked,
+            *grouped,
         )
         return f"{OP_TYPE}_{hashlib.sha256(repr(fields).encode()).hexdigest()[:10]}"
 
@@ -90,6 +97,8 @@ class FunctionKey:
             "dtype": self.dtype,
             "form": self.form,
         }
+        if self.key_heads != self.heads:
+            fields["key_heads"] = self.key_heads
         if self.mask is not None:
             fields["mask"] = {"shape": list(self.mask.shape), "dtype": self.mask.dtype}
         return json.dumps(fields)
@@ -99,12 +108,12 @@ class FunctionKey:
         """The configuration that ``dumps`` wrote; EngineError where it is malformed."""
         try:
             fields = dict(json.loads(text))
-            kind, mask = fields.pop("kind"), fields.pop("mask", None)
+            kind, mask, key_heads = fields.pop("kind"), fields.pop("mask", None), fields.pop("key_heads", None)
             if kind != WindowPattern.kind:
                 raise EngineError(f"a function of this file is of kind '{kind}'; known: '{WindowPattern.kind}'")
             own = {name: fields.pop(name) for name in ("batch", "heads", "head_dim", "value_dim", "dtype", "form")}
             key = None if mask is None else MaskKey(tuple(mask["shape"]), mask["dtype"])
-            return cls(args=WindowAttentionArgs.from_op_args(**fields), **own, mask=key)
+            return cls(args=WindowAttentionArgs.from_op_args(**fields), **own, mask=key, key_heads=key_heads)
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             raise EngineError(
                 f"a window attention function carries a damaged configuration ({type(error).__name__}: {error}); "
@@ -131,10 +140,10 @@ def window_functions(model: ir.Model) -> Iterator[tuple[ir.Function, FunctionKey
 
 def read_key(node: ir.Node, form: AttentionForm) -> FunctionKey:
     """The configuration that a legalized node carries in its attributes and the types of its inputs."""
-    q, _, v = node.inputs[:3]
-    assert q is not None and v is not None and q.shape is not None and v.shape is not None
-    batch, heads, _, head_dim = (int(str(size)) for size in q.shape)
-    assert q.dtype is not None
+    q, k, v = node.inputs[:3]
+    assert q is not None and q.dtype is not None
+    batch, heads, _, head_dim = _sizes(q)
+    _, key_heads, _, _ = _sizes(k)
     given = node.attributes
     args = WindowAttentionArgs.from_op_args(
         list(given["grid"].as_ints()),
@@ -147,7 +156,7 @@ def read_key(node: ir.Node, form: AttentionForm) -> FunctionKey:
         given["query_suffix"].as_int() if "query_suffix" in given else None,
     )
     mask = _mask_key(node.inputs[3]) if len(node.inputs) > 3 else None
-    return FunctionKey(args, batch, heads, head_dim, int(str(v.shape[-1])), _TORCH_NAMES[q.dtype], form, mask)
+    return FunctionKey(args, batch, heads, head_dim, _sizes(v)[-1], _TORCH_NAMES[q.dtype], form, mask, key_heads)
 
 
 def _mask_key(mask: ir.Value | None) -> MaskKey:
@@ -164,15 +173,19 @@ def build_function(key: FunctionKey) -> ir.Function:
     """The function's body, exported from the torch implementation of the op."""
     dtype = getattr(torch, key.dtype)
     args = key.args
-    sizes = ((args.query_tokens, key.head_dim), (args.tokens, key.head_dim), (args.tokens, key.value_dim))
+    sizes = (
+        (key.heads, args.query_tokens, key.head_dim),
+        (key.key_heads, args.tokens, key.head_dim),
+        (key.key_heads, args.tokens, key.value_dim),
+    )
     with FakeTensorMode():
-        inputs = tuple(torch.empty(key.batch, key.heads, *size, dtype=dtype) for size in sizes)
+        inputs = tuple(torch.empty(key.batch, *size, dtype=dtype) for size in sizes)
         if key.mask is not None:
             inputs = (*inputs, torch.empty(key.mask.shape, dtype=getattr(torch, key.mask.dtype)))
     model = export_graph(trace(WindowAttention(key.args), inputs).exported)
     graph = model.graph
     _REWRITE_FORM[key.form](graph)
-    _constants_into_nodes(graph)
+    constants_into_nodes(graph)
     function = ir.Function(DOMAIN, key.name, graph=graph, attributes=[])
     function.metadata_props[CONFIGURATION_PROPERTY] = key.dumps()
     for node in function:
@@ -180,7 +193,15 @@ def build_function(key: FunctionKey) -> ir.Function:
     return function
 
 
-def _constants_into_nodes(graph: ir.Graph) -> None:
+def attention_into_products(graph: ir.Graph) -> None:
+    """Replace every opset-23 Attention node of a graph by MatMul-Softmax-MatMul.
+
+    The nodes must be of the exporter's plain kind: no causal mask, soft cap, key-value cache or shared heads.
+    """
+    _to_matmul(graph)
+
+
+def constants_into_nodes(graph: ir.Graph) -> None:
     """Functions have no initializers: each becomes a Constant node in front of the body."""
     constants = []
     for name, value in list(graph.initializers.items()):
@@ -338,12 +359,15 @@ def _bias_of_queries(graph: ir.Graph, node: ir.Node, mask: ir.Value) -> list[ir.
 
 
 def _replace(graph: ir.Graph, old: ir.Node, new: list[ir.Node]) -> None:
-    """Put the nodes in the place of `old`; the last one's output replaces its output."""
+    """Put the nodes in the place of `old`; the last one's output replaces its output, under its name."""
     source, target = old.outputs[0], new[-1].outputs[0]
     target.shape, target.type = source.shape, source.type
+    for index, node in enumerate(new):
+        node.name = f"{old.name}/{index}"
     graph.insert_before(old, new)
-    ir.convenience.replace_all_uses_with(source, target)
+    ir.convenience.replace_all_uses_with(source, target, replace_graph_outputs=True)
     graph.remove(old, safe=True)
+    target.name = source.name
 
 
 _REWRITE_FORM: dict[AttentionForm, Callable[[ir.Graph], None]] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 import tempfile
 from dataclasses import dataclass
@@ -14,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from t3compile.archive import without_values
 from t3compile.errors import ExportError
+from t3compile.export.engine_inputs import FROZEN_PROPERTY
 from t3compile.export.store_weights import LazyWeight, WeightStorage, fold_transposes, needed_bytes, store_weights
 from t3compile.export.torch_onnx import export_graph
 from t3compile.export.window_function import (
@@ -25,6 +27,7 @@ from t3compile.export.window_function import (
     read_key,
 )
 from t3compile.files import staged_outputs
+from t3compile.inputs import frozen_arguments
 from t3compile.program import Program, copy_exported, user_input_names
 
 PLAN_PROPERTY = "t3compile_plan"
@@ -94,6 +97,7 @@ def to_onnx_model(program: Program, *, form: AttentionForm = "attention") -> ir.
         model.opset_imports[DOMAIN] = 1
     for domain in {domain for f in functions.values() for domain in f.opset_imports}:
         model.opset_imports.setdefault(domain, 1)
+    model.metadata_props[FROZEN_PROPERTY] = json.dumps(frozen_arguments(program))
     if program.plan is not None:
         model.metadata_props[PLAN_PROPERTY] = program.plan.dumps()
     return model

@@ -3,7 +3,7 @@
 Input graph:
     out = t3.window_attention(q, k, v, grid, splits, branches, ..., mask=m)
 Output graph:
-    the regrouping of ops.window_attention: views, permutes, cat, one scaled_dot_product_attention per window size
+    the regrouping of ops.regrouped_attention: views, permutes, cat, one scaled_dot_product_attention per window size
 """
 
 from __future__ import annotations

@@ -51,6 +51,10 @@ class MissingKernelError(EngineError):
     """The runtime knows no implementation of an operation for these types; the file itself may be fine."""
 
 
+class KernelError(T3CompileError):
+    """The window attention kernel cannot be compiled or launched for a configuration."""
+
+
 class OutputError(T3CompileError):
     """The result cannot be written where it was asked for."""
 

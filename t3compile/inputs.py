@@ -420,6 +420,11 @@ def bind_inputs(program: Program, named: Mapping[str, Tensor]) -> Inputs:
     return tuple(args), dict(kwargs)
 
 
+def frozen_arguments(program: Program) -> dict[str, object]:
+    """The arguments that are constants of the trace (bools, numbers, text, None), by forward's names."""
+    return {leaf.name: leaf.constant for leaf in _leaves(program) if leaf.dtype is None}
+
+
 def _checked(leaf: _Leaf, tensor: Tensor) -> Tensor:
     if tuple(tensor.shape) != leaf.shape:
         raise InputsError(

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from t3compile.errors import EngineError, ExportError, MissingKernelError, T3CompileError
+from t3compile.errors import ExportError, MissingKernelError, T3CompileError
 from t3compile.files import check_space, check_writable
 from t3compile.geometry import GridHint, Splits, TokenGrid
 from t3compile.inputs import named_inputs, substitute_inputs
 from t3compile.loading import load_program as load_as_spelled
-from t3compile.loading.recognize import recognize
 from t3compile.macs import graph_macs
 from t3compile.ops import WINDOW_ATTENTION
 from t3compile.passes.broadcast_masks import BroadcastMasks
@@ -58,6 +57,7 @@ from t3compile.verification import (
 from t3compile.weights import Weights
 
 if TYPE_CHECKING:
+    from t3compile.export.engine_inputs import Engine
     from t3compile.export.store_weights import WeightStorage
 
 # Above this many MACs the whole-model check, some ten dense passes, runs on a small grid ...
@@ -281,8 +281,8 @@ def _distinct_patterns(plan: Plan, masked: Set[str]) -> list[SitePlan]:
 
 
 @dataclass(frozen=True)
-class OnnxReport:
-    """What an export wrote, and how onnxruntime compares with torch, a check per output (None: not compared)."""
+class ExportReport:
+    """What an export wrote, and how its runtime compares with torch, a check per output (None: not compared)."""
 
     path: str
     functions: tuple[str, ...]
@@ -315,7 +315,7 @@ def export_onnx(
     program: Program,
     path: str | Path,
     *,
-    precision: Literal["float32", "float16"] | None = None,
+    precision: Literal["float32", "float16", "bfloat16"] | None = None,
     form: Literal["attention", "matmul", "onnxruntime"] = "attention",
     inline: bool = False,
     share_weights: bool = False,
@@ -344,44 +344,38 @@ def export_onnx_report(
     program: Program,
     path: str | Path,
     *,
-    precision: Literal["float32", "float16"] | None = None,
+    precision: Literal["float32", "float16", "bfloat16"] | None = None,
     form: Literal["attention", "matmul", "onnxruntime"] = "attention",
     inline: bool = False,
     share_weights: bool = False,
     check: bool | None = None,
     progress: Progress = _silent,
-) -> OnnxReport:
+) -> ExportReport:
     """Legalize, write and check an ONNX file; the program may be rewritten or not.
 
-    ``precision`` "float16" stores matrix weights and runs matrix products in half; inputs and outputs keep their
-    dtypes. ``form`` spells attention inside the functions: opset-23 Attention, MatMul-Softmax, or onnxruntime's own
-    MultiHeadAttention. ``inline`` writes function bodies in place. ``share_weights`` points into the safetensors
-    files that the weights come from, where they hold the very bytes, instead of writing them again. ``check``
-    compares with torch in onnxruntime; None does so unless the model is too large to run here in a minute.
+    ``precision`` "float16" or "bfloat16" stores matrix weights and runs matrix products in that; norms, RoPE, inputs
+    and outputs keep their dtypes. ``form`` spells attention inside the functions: opset-23 Attention, MatMul-Softmax,
+    or onnxruntime's own MultiHeadAttention. ``inline`` writes function bodies in place. ``share_weights`` points into
+    the safetensors files that the weights come from, where they hold the very bytes, instead of writing them again.
+    ``check`` compares with torch in onnxruntime; None does so unless the model is too large to run here in a minute.
     """
     from t3compile.export.store_weights import needed_bytes
     from t3compile.export.write_onnx import write_onnx
 
     path = Path(path)
     check_writable(path)
-    if precision == "float16":
-        program = MixPrecision("float16")(program).program
-    elif precision == "float32":
-        _require_float32(program)
+    legal = program = in_precision(program, precision)
     program.require_weights()
     check_space(path, needed_bytes(program, path, share=share_weights))
-    legal = program
     for legalize in ONNX_LEGALIZATION:
         legal = legalize(legal).program
     progress(f"writing {path.name}")
     written = write_onnx(legal, path, form=form, inline=inline, share=share_weights)
     notes = _block_list_notes(program) + _large_tensor_notes(legal) + written.storage.notes()
-    report = OnnxReport(str(path), written.functions, None, "switched off", notes, written.storage)
+    report = ExportReport(str(path), written.functions, None, "switched off", notes, written.storage)
     if check is False:
         return report
-    macs = graph_macs(program.graph)
-    if check is None and macs > COMPARE_MACS:
-        reason = f"{macs / 1e12:,.1f} T MACs, run four times, are too many here; --check does it all the same"
+    if check is None and (reason := too_large_to_compare(program)):
         return replace(report, not_compared=reason)
     from t3compile.export.compare_onnx import compare_onnx
 
@@ -394,6 +388,23 @@ def export_onnx_report(
         # bfloat16, for one, has no kernels on onnxruntime's CPU; the file is valid all the same.
         return replace(report, not_compared=str(error))
     return replace(report, comparison=comparison, not_compared="")
+
+
+def too_large_to_compare(program: Program) -> str:
+    """Why a comparison is left out unless asked for; empty where it is not."""
+    macs = graph_macs(program.graph)
+    if macs <= COMPARE_MACS:
+        return ""
+    return f"{macs / 1e12:,.1f} T MACs, run four times, are too many here; --check does it all the same"
+
+
+def in_precision(program: Program, precision: Literal["float32", "float16", "bfloat16"] | None) -> Program:
+    """The program with matrix weights and products in 16 bits, or as it is once it is known to be float32."""
+    if precision in ("float16", "bfloat16"):
+        return MixPrecision(precision)(program).program
+    if precision == "float32":
+        _require_float32(program)
+    return program
 
 
 def _block_list_notes(program: Program) -> tuple[str, ...]:
@@ -437,27 +448,14 @@ def _require_float32(program: Program) -> None:
             )
 
 
-def load_engine(path: str | Path, runtime: str = "auto") -> Callable[..., Any]:
-    """A callable from an exported ``.onnx`` (onnxruntime, CPU) or ``.pt2`` (torch) file, told by content.
+def load_engine(path: str | Path, runtime: str = "auto", *, trust_code: bool = False, **options: Any) -> Engine:
+    """A callable from an exported file: ONNX, ``.pt2``, AOTInductor package or TensorRT engine, told by content.
 
-    ``runtime`` is "auto", "onnxruntime" or "torch". Calls take tensors or arrays by position or by input name;
-    InputsError names the input, what came and what is expected.
+    ``runtime`` is "auto", "onnxruntime" (the best provider that starts), "onnxruntime-cpu", "-cuda", "-tensorrt",
+    "torch", "aoti" or "tensorrt"; the engine's ``runtime`` says what was chosen and its ``notes`` why. An AOTInductor
+    package is compiled code and needs ``trust_code``; ``options`` are those of the runtime's engine class. Calls take
+    tensors or arrays by position or by input name; InputsError names the input, what came and what is expected.
     """
-    path = Path(path)
-    if runtime not in ("auto", "onnxruntime", "torch"):
-        raise EngineError(f"runtime '{runtime}' is unknown; known: auto, onnxruntime, torch")
-    is_torch = runtime == "torch" or (runtime == "auto" and _is_pt2(path))
-    if is_torch:
-        from t3compile.export.torch_engine import TorchEngine
+    from t3compile.export.runtimes import load
 
-        return TorchEngine(load_as_spelled(path))
-    from t3compile.export.onnx_engine import OnnxEngine
-
-    return OnnxEngine(path)
-
-
-def _is_pt2(path: Path) -> bool:
-    try:
-        return recognize(path).kind == "pt2"
-    except T3CompileError:
-        return False
+    return load(Path(path), runtime, trust_code=trust_code, **options)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from t3compile.errors import GridError, PatternError, PlanError
@@ -166,6 +167,14 @@ class Plan:
         except (ValueError, RecursionError) as error:
             raise PlanError(f"the plan is not JSON: {error}; write one with 't3compile plan'") from None
         return cls.from_json(data)
+
+    @classmethod
+    def read(cls, path: Path) -> Plan:
+        """Read and check a plan file; PlanError where it cannot be read."""
+        try:
+            return cls.loads(path.read_text(encoding="utf-8"))
+        except (OSError, UnicodeDecodeError) as error:
+            raise PlanError(f"cannot read the plan '{path}': {error}") from None
 
     @classmethod
     def from_json(cls, data: object) -> Plan:

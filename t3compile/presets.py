@@ -1,6 +1,8 @@
 """The schedules that T3-Video was trained with, as plain data.
 
-Source: arXiv 2512.13492 and the authors' code (zhangzjn/T3-Video, diffsynth/models/wan_video_dit.py).
+Source: arXiv 2512.13492 and the authors' code (zhangzjn/T3-Video, diffsynth/models/wan_video_dit.py). Heads and head
+dims are those of the models' published configurations, ``num_heads`` and ``dim`` over it (Wan-Video/Wan2.1,
+wan/configs/wan_t2v_1_3B.py; Wan-Video/Wan2.2, wan/configs/wan_ti2v_5B.py).
 """
 
 from __future__ import annotations
@@ -14,10 +16,12 @@ from t3compile.pattern import Schedule
 
 @dataclass(frozen=True)
 class Preset:
-    """A published schedule and the one grid that it was trained at."""
+    """A published schedule, the one grid that it was trained at, and the attention of the model it was trained on."""
 
     schedule: Schedule
     grid: TokenGrid
+    heads: int
+    head_dim: int
 
     @property
     def name(self) -> str:
@@ -32,6 +36,8 @@ PRESETS = (
             source="arXiv 2512.13492, Wan2.1-T2V-1.3B at 2176x3840, 81 frames",
         ),
         TokenGrid(21, 136, 240),
+        heads=12,
+        head_dim=128,
     ),
     Preset(
         Schedule.from_splits(
@@ -40,6 +46,8 @@ PRESETS = (
             source="arXiv 2512.13492, Wan2.2-TI2V-5B at 2176x3840, 81 frames",
         ),
         TokenGrid(21, 68, 120),
+        heads=24,
+        head_dim=128,
     ),
 )
 

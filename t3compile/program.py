@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import SymInt, Tensor, fx, nn
 from torch._guards import detect_fake_mode
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
@@ -169,12 +169,24 @@ def copy_exported(
         graph=root.graph,
         graph_signature=signature,
         state_dict=dict(exported.state_dict if state_dict is None else state_dict),
-        range_constraints=exported.range_constraints,
+        range_constraints=_used_ranges(exported, root.graph),
         module_call_graph=call_graph,
         example_inputs=exported.example_inputs,
         constants=dict(exported.constants if constants is None else constants),
         verifiers=exported.verifiers,
     )
+
+
+def _used_ranges(exported: ExportedProgram, graph: fx.Graph) -> dict[Any, Any]:
+    """The ranges of symbols that a length or a stride still has; torch keeps those of inputs with unusual strides,
+    and a file with any would pass for one of dynamic shapes.
+    """
+    if not exported.range_constraints:
+        return {}
+    values = pytree.tree_leaves([node.meta.get("val") for node in graph.nodes])
+    lengths = [length for x in values for length in ((*x.shape, *x.stride()) if isinstance(x, Tensor) else (x,))]
+    used = {symbol for x in lengths if isinstance(x, SymInt) for symbol in x.node.expr.free_symbols}
+    return {symbol: span for symbol, span in exported.range_constraints.items() if symbol in used}
 
 
 def _name_outputs(signature: ExportGraphSignature, graph: fx.Graph) -> None:

@@ -7,13 +7,21 @@ import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from typing import TYPE_CHECKING
 
 from t3compile.cost import Cost
 from t3compile.geometry import FRAME_MAJOR, TokenGrid
 from t3compile.plan import Plan
-from t3compile.probing import ProbeReport
 from t3compile.sites import AttentionSite, SiteSurvey
-from t3compile.verification import VerifyReport
+
+if TYPE_CHECKING:  # both import torch, and `doctor` must report where torch cannot be imported
+    from t3compile.probing import ProbeReport
+    from t3compile.verification import VerifyReport
+
+if TYPE_CHECKING:
+    from rich.progress import Progress
+
+    from t3compile.export.kernel_set import KernelSet
 
 T3_WARNING = (
     "T3 changes the function: without T3-trained weights or fine-tuning the video is noise. Published weights: "
@@ -66,6 +74,49 @@ def progress() -> Iterator[Callable[[str], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("starting", total=None)
         yield lambda step: bar.update(task, description=step)
+
+
+class _PhaseLines:
+    """Steps and the outer two levels of phases as lines."""
+
+    def __init__(self) -> None:
+        self._last = ""
+
+    def __call__(self, step: str) -> None:
+        say(f"... {step}")
+
+    def phase(self, name: str, depth: int, done: float) -> None:
+        if depth < 2 and name != self._last:
+            self._last = name
+            say(f"... {name} ({done:.0%})")
+
+
+class _PhaseBar:
+    """Steps as sentences beside a bar, which shows how much of a build's outermost phase is done."""
+
+    def __init__(self, bar: Progress) -> None:
+        self._bar = bar
+        self._task = bar.add_task("starting", total=None)
+
+    def __call__(self, step: str) -> None:
+        self._bar.update(self._task, description=step, total=None)
+
+    def phase(self, name: str, depth: int, done: float) -> None:
+        self._bar.update(self._task, description=name, completed=done, total=1.0)
+
+
+@contextmanager
+def build_progress() -> Iterator[_PhaseLines | _PhaseBar]:
+    """A BuildProgress: a bar with the current phase on a terminal, lines on stderr elsewhere."""
+    if not sys.stderr.isatty():
+        yield _PhaseLines()
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    columns = (BarColumn(bar_width=20), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        yield _PhaseBar(bar)
 
 
 def count(value: float) -> str:
@@ -241,3 +292,25 @@ def show_probe(report: ProbeReport) -> None:
         ("sites", "module", "grid", "layout", "detail"),
         [(str(number), *key) for key, number in rows.items()],
     )
+
+
+def show_kernels(built: KernelSet) -> None:
+    """Every kernel with its cost: shared memory of a block, registers of a thread over all architectures."""
+    rows = []
+    for tactic in built.tactics:
+        kernel, registers = tactic.kernel, [one.registers for one in tactic.assemblies]
+        spilled = sum(one.spill_store_bytes + one.spill_load_bytes for one in tactic.assemblies)
+        launch, tile = kernel.launch, kernel.tile
+        rows.append(
+            (
+                f"{launch.args.pattern} on {launch.args.grid}",
+                f"{launch.branch}, mean" if launch.averages else launch.branch,
+                f"{tile.block_m}x{tile.block_n}, {tile.warps} warps, {tile.stages} stages",
+                f"{kernel.grid_x:,} x {kernel.block_x}",
+                f"{kernel.shared_bytes:,}",
+                f"{min(registers)}-{max(registers)}" if registers else "not assembled",
+                str(spilled) if registers else "not assembled",
+            )
+        )
+    columns = ("pattern", "branch", "tile", "blocks x threads", "shared bytes", "registers", "spilled bytes")
+    show_table(f"Kernels of {built.source.name}", columns, rows)

@@ -32,7 +32,7 @@ from t3compile.plan import Plan, SitePlan
 from t3compile.program import Program
 from t3compile.weights import TensorWeights, Weights
 
-CheckKind = Literal["identity", "site", "model", "pattern", "graph", "weights", "onnx", "layout"]
+CheckKind = Literal["identity", "site", "model", "pattern", "graph", "weights", "onnx", "aoti", "layout"]
 _FACTOR = 2.0
 # Errors beyond this share of the reference are no rounding: even where plain PyTorch has them, something is wrong.
 _MEANINGLESS = 0.1

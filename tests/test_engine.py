@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from t3compile.errors import EngineError, InputsError, ModelFileError, T3CompileError
+from t3compile.errors import EngineError, InputsError, T3CompileError
 from t3compile.export.compare_onnx import compare_onnx
 from t3compile.export.measure import run_timed
 from t3compile.pipeline import detect, export_onnx, load_engine, rewrite
@@ -259,6 +259,14 @@ def test_kind_is_told_by_content(folder: Path, tmp_path: Path, model: HandWritte
 def test_foreign_files_are_refused(content: bytes, tmp_path: Path) -> None:
     path = tmp_path / "foreign.onnx"
     path.write_bytes(content)
+    _refused(path, "is not a file of a kind that can be run", "or is damaged")
+
+
+@pytest.mark.usefixtures("no_session")
+@pytest.mark.parametrize("content", [b"\x08\x0a\x12\x04", b"\x08\x0a\x12\x00", b"\x08\x0a\x42" + bytes(range(64))])
+def test_what_only_begins_like_onnx_is_refused(content: bytes, tmp_path: Path) -> None:
+    path = tmp_path / "foreign.onnx"
+    path.write_bytes(content)
     _refused(path, "is not an ONNX model")
 
 
@@ -349,25 +357,6 @@ def test_external_data_outside_is_refused_inside_functions_and_constants(tmp_pat
         proto = onnx.helper.make_model(graph, opset_imports=opsets, functions=functions, ir_version=10)
         (inner / name).write_bytes(proto.SerializeToString())
         _refused(inner / name, "external data outside its folder")
-
-
-def test_unknown_runtimes_are_named(folder: Path) -> None:
-    with pytest.raises(EngineError, match="runtime 'tensorrt' is unknown; known: auto, onnxruntime, torch"):
-        load_engine(folder / "model.onnx", runtime="tensorrt")
-
-
-def test_a_runtime_that_does_not_fit_the_file_is_refused(folder: Path) -> None:
-    _refused(folder / "windows.pt2", "is not an ONNX model", runtime="onnxruntime")
-    _refused(folder / "model.onnx", "is an ONNX model", error=ModelFileError, runtime="torch")
-
-
-@pytest.mark.usefixtures("no_session")
-def test_a_tensorrt_engine_is_refused_as_what_it_is(tmp_path: Path) -> None:
-    (tmp_path / "model.engine").write_bytes(b"ftrt" + bytes(60))
-    with pytest.raises(T3CompileError) as raised:
-        load_engine(tmp_path / "model.engine")
-    assert "TensorRT" in str(raised.value)
-    assert "t3compile run" not in str(raised.value)
 
 
 def test_a_model_of_unknown_operators_is_one_sentence(tmp_path: Path) -> None:

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from t3compile.errors import OutputError
-from t3compile.files import check_writable, staged_outputs, write_text
+from t3compile.files import check_writable, staged_folder, staged_outputs, write_text
 
 
 def test_all_files_appear_together_and_the_stage_goes(tmp_path: Path) -> None:
@@ -137,3 +137,54 @@ def test_written_files_obey_the_umask(tmp_path: Path) -> None:
     finally:
         os.umask(old)
     assert (tmp_path / "plan.json").stat().st_mode & 0o777 == 0o644
+
+
+# --- folders -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("there", [False, True])
+@pytest.mark.parametrize("inside", [False, True])
+def test_a_folder_appears_whole_in_the_place_of_the_old_one(there: bool, inside: bool, tmp_path: Path) -> None:
+    """Made beside its own folder, or in it."""
+    path = tmp_path / "repo" / "model"
+    path.parent.mkdir()
+    if there:
+        path.mkdir()
+        (path / "old").write_text("old")
+    beside = path.parent if inside else tmp_path
+    with staged_folder(path, beside=beside) as stage:
+        assert stage.parent.parent == beside
+        assert list(stage.iterdir()) == []
+        (stage / "new").write_text("new")
+        assert path.exists() is there
+        assert not there or [file.name for file in path.iterdir()] == ["old"]
+    assert [file.name for file in path.iterdir()] == ["new"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["repo"]
+    assert [entry.name for entry in path.parent.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt(), OSError(5, "Input/output error")])
+def test_an_interrupted_folder_leaves_the_old_one(tmp_path: Path, error: BaseException) -> None:
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "old").write_text("old")
+
+    def write() -> None:
+        with staged_folder(path, beside=tmp_path) as stage:
+            (stage / "new").write_text("half")
+            raise error
+
+    with pytest.raises(OutputError if isinstance(error, OSError) else type(error)):
+        write()
+    assert [file.name for file in path.iterdir()] == ["old"]
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_folder_is_refused_before_any_work(tmp_path: Path) -> None:
+    for beside, needed_bytes in ((tmp_path / "none", 0), (tmp_path, 2**60)):
+        with (
+            pytest.raises(OutputError, match="cannot write"),
+            staged_folder(tmp_path / "model", beside=beside, needed_bytes=needed_bytes),
+        ):
+            pytest.fail("the block ran")
+    assert list(tmp_path.iterdir()) == []

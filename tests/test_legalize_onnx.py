@@ -30,7 +30,7 @@ from t3compile.passes.sort_plainly import SortPlainly
 from t3compile.passes.spell_flex_attention import SpellFlexAttention
 from t3compile.passes.split_complex import SplitComplex
 from t3compile.passes.squeeze_unit_axes import SqueezeUnitAxes
-from t3compile.pipeline import OnnxReport, export_onnx_report
+from t3compile.pipeline import ExportReport, export_onnx_report
 from t3compile.program import Program, copy_exported, trace
 from tests.test_passes import assert_does_not_fire, assert_idempotent, count
 
@@ -70,7 +70,7 @@ def fired(made: GraphPass, program: Program, *, exact: bool = True) -> Program:
     return result
 
 
-def assert_same_in_onnx(program: Program, path: Path) -> OnnxReport:
+def assert_same_in_onnx(program: Program, path: Path) -> ExportReport:
     report = export_onnx_report(program, path / "model.onnx", check=True)
     assert report.comparison
     assert report.passed, report.comparison

@@ -97,6 +97,25 @@ def test_saved_program_comes_back_bit_for_bit(dit: HandWrittenDiT, saved: Path) 
     assert loaded.plan is None
 
 
+def test_a_program_of_inputs_with_unusual_strides_comes_back(tmp_path: Path) -> None:
+    """torch keeps ranges of symbols for such inputs, though no length depends on them."""
+
+    class Embed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Conv3d(2, 4, (1, 2, 2), stride=(1, 2, 2))
+
+        def forward(self, x: Tensor) -> Tensor:
+            out: Tensor = self.embed(x).flatten(2)
+            return out
+
+    model, x = Embed(), torch.randn(1, 2, 2, 8, 8).transpose(3, 4)
+    program = trace(model, (x,))
+    loaded = load_program(program.save(tmp_path / "model.pt2"))
+    assert loaded.fingerprint() == program.fingerprint()
+    assert torch.equal(_run(loaded), model(x))
+
+
 def test_kind_is_told_by_content_not_suffix(saved: Path, tmp_path: Path) -> None:
     renamed = tmp_path / "model.onnx"
     renamed.write_bytes(saved.read_bytes())

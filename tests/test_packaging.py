@@ -18,7 +18,7 @@ import t3compile
 
 ROOT = Path(__file__).parents[1]
 LINKED = {"passes": "t3compile/passes", "export": "t3compile/export"}
-# DESIGN.md, section 4; build_engine comes with TensorRT.
+# DESIGN.md, section 4, and build_engine.
 PUBLIC = (
     "trace",
     "load_program",
@@ -27,6 +27,7 @@ PUBLIC = (
     "rewrite",
     "verify",
     "export_onnx",
+    "build_engine",
     "load_engine",
 )
 MODEL_NAMES = re.compile(

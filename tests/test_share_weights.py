@@ -24,7 +24,7 @@ from t3compile.errors import OutputError, WeightsError
 from t3compile.export import store_weights
 from t3compile.files import staged_outputs, write_text
 from t3compile.inputs import named_inputs
-from t3compile.pipeline import OnnxReport, export_onnx_report, load_engine, load_program
+from t3compile.pipeline import ExportReport, export_onnx_report, load_engine, load_program
 from t3compile.program import Program
 from tests.sharded import SIZE, shard, write_folder
 from tests.tiny_models import tiny_wan
@@ -71,7 +71,7 @@ def _run(path: Path, inputs: dict[str, Tensor]) -> np.ndarray[Any, Any]:
     return output
 
 
-def _assert_shared(report: OnnxReport, path: Path, wan: nn.Module, rewritten: Program, written: Path) -> None:
+def _assert_shared(report: ExportReport, path: Path, wan: nn.Module, rewritten: Program, written: Path) -> None:
     storage = report.storage
     assert storage is not None
     state = wan.state_dict()

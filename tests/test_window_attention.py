@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import t3compile.ops.window_attention as implementation
+import t3compile.ops.regrouped_attention as implementation
 from t3compile.errors import PatternError
 from t3compile.geometry import Splits, TokenGrid
 from t3compile.ops import WINDOW_ATTENTION, WindowAttentionArgs
@@ -521,6 +521,33 @@ def test_gradcheck(args: WindowAttentionArgs) -> None:
     assert torch.autograd.gradcheck(lambda *x: WINDOW_ATTENTION(*x, *args.as_op_args()), qkv)
 
 
+def test_a_second_derivative_is_refused() -> None:
+    args = args_of((1, 3, 2), (1, 2, 2))
+    qkv = [x.requires_grad_() for x in random_qkv(args.tokens)]
+    loss = WINDOW_ATTENTION(*qkv, *args.as_op_args()).pow(2).sum()
+    with pytest.raises(
+        NotImplementedError, match=r"^t3::window_attention has no second derivative: leave out create_g"
+    ):
+        torch.autograd.grad(loss, qkv, create_graph=True)
+    with torch.enable_grad():
+        once = torch.autograd.grad(loss, qkv)
+    expected = implementation.window_attention(*qkv, args).pow(2).sum()
+    assert all(torch.equal(a, b) for a, b in zip(once, torch.autograd.grad(expected, qkv), strict=True))
+
+
+def test_the_gradient_of_a_compiled_graph_is_that_of_the_op() -> None:
+    args = args_of((1, 3, 2), (1, 2, 2))
+    qkv = [x.requires_grad_() for x in random_qkv(args.tokens)]
+
+    def loss(*qkv: Tensor) -> Tensor:
+        return WINDOW_ATTENTION(*qkv, *args.as_op_args()).pow(2).sum()
+
+    compiled = torch.compile(loss, backend="aot_eager", fullgraph=True)
+    ours, theirs = (torch.autograd.grad(f(*qkv), qkv) for f in (compiled, loss))
+    for a, b in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 @pytest.mark.parametrize("args", CASES[1:5], ids=lambda a: f"{a.grid}-{a.pattern}")
 def test_gradient_is_that_of_the_reference(args: WindowAttentionArgs) -> None:
     qkv = [x.requires_grad_() for x in random_qkv(args.grid.tokens + args.extra_tokens, batch=2, value_depth=6)]
@@ -537,6 +564,68 @@ def test_gradient_is_that_of_the_reference(args: WindowAttentionArgs) -> None:
     ours = gradients(lambda *x: WINDOW_ATTENTION(*x, *args.as_op_args()), torch.float32)
     for i, gradient in enumerate(ours):
         assert_as_good_as_plain(gradient, [x[i] for x in plain], exact[i])
+
+
+GROUPED = args_of((2, 3, 4), (1, 2, 2), prefix=2, suffix=1, scale=0.6)
+
+
+@pytest.mark.parametrize("key_heads", [1, 2])
+@pytest.mark.parametrize("form", [None, "bool-keys", "float-heads-rows"])
+def test_grouped_heads_equal_repeated_ones(key_heads: int, form: str | None) -> None:
+    q, k, v = stream_qkv(GROUPED, batch=2, heads=4, value_depth=6)
+    k, v = k[:, :key_heads], v[:, :key_heads]
+    mask = None if form is None else masked_of(GROUPED, MASKS[form], heads=4)
+    repeated = [torch.stack([x[:, head * key_heads // 4] for head in range(4)], 1) for x in (k, v)]
+    ours = WINDOW_ATTENTION(q, k, v, *GROUPED.as_op_args(), mask=mask)
+    assert torch.equal(ours, WINDOW_ATTENTION(q, *repeated, *GROUPED.as_op_args(), mask=mask))
+    exact = reference(q, k, v, GROUPED, mask=mask)
+    assert torch.equal(exact, reference(q, *repeated, GROUPED, mask=mask))
+    assert largest(ours - exact) <= 2 * float64_bound(q, k, v, GROUPED.scale)
+    full = args_of((2, 3, 4), (1, 1, 1), prefix=2, suffix=1)
+    dense = scaled_dot_product_attention(q, k, v, enable_gqa=True)
+    assert largest(WINDOW_ATTENTION(q, k, v, *full.as_op_args()) - dense) <= float64_bound(q, k, v, None)
+
+
+def test_gradcheck_of_grouped_heads() -> None:
+    args = args_of((1, 3, 2), (1, 2, 2), prefix=1)
+    q, k, v = random_qkv(args.tokens, heads=4, depth=2, value_depth=1)
+    qkv = [x.requires_grad_() for x in (q, k[:, :2].contiguous(), v[:, :2].contiguous())]
+    assert torch.autograd.gradcheck(lambda *x: WINDOW_ATTENTION(*x, *args.as_op_args()), qkv)
+
+
+def test_grouped_heads_make_a_proper_operator() -> None:
+    q, k, v = (x.float().requires_grad_() for x in random_qkv(GROUPED.tokens, heads=4, depth=4, value_depth=3))
+    given = (q, k.detach()[:, :2].requires_grad_(), v.detach()[:, :2].requires_grad_(), *GROUPED.as_op_args())
+    kinds = ("test_schema", "test_autograd_registration", "test_faketensor")
+    checks = torch.library.opcheck(WINDOW_ATTENTION, given, test_utils=kinds)
+    assert set(checks.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("fake", [False, True], ids=["real", "fake"])
+@pytest.mark.parametrize(
+    ("shapes", "message"),
+    [
+        (((1, 4), (1, 3), (1, 3)), r"must divide the heads of q, .*q \(1, 4\), k \(1, 3\), v \(1, 3\)"),
+        (((1, 4), (1, 2), (1, 4)), "k and v the same heads"),
+        (((1, 2), (1, 4), (1, 4)), "must divide the heads of q"),
+        (((2, 4), (1, 4), (1, 4)), "must have one batch"),
+    ],
+)
+def test_heads_that_form_no_groups_are_refused(shapes: tuple[Any, ...], message: str, fake: bool) -> None:
+    inputs = [torch.zeros(*shape, GROUPED.tokens, 8) for shape in shapes]
+    if fake:
+        mode = FakeTensorMode()
+        inputs = [mode.from_tensor(x) for x in inputs]
+    with pytest.raises(ValueError, match=message):
+        WINDOW_ATTENTION(*inputs, *GROUPED.as_op_args())
+
+
+def test_depths_and_dtypes_that_differ_are_refused() -> None:
+    q, k, v = (x.float() for x in random_qkv(GROUPED.tokens))
+    with pytest.raises(ValueError, match="q has depth 8, k has 6; they must be the same"):
+        WINDOW_ATTENTION(q, k[..., :6], v, *GROUPED.as_op_args())
+    with pytest.raises(ValueError, match=r"one dtype, but have torch.float32, torch.float32 and torch.float16"):
+        WINDOW_ATTENTION(q, k, v.half(), *GROUPED.as_op_args())
 
 
 def test_gradient_where_only_one_input_needs_it() -> None:
@@ -645,3 +734,18 @@ def test_no_tensor_has_more_than_eight_axes_and_nothing_is_gathered(args: Window
         implementation.window_attention(q, k, v, args, mask)
     assert seen.axes <= 8
     assert not seen.calls & {aten.index, aten.gather, aten.index_select, aten.scatter, aten.masked_fill, aten.where}
+
+
+def test_autocast_computes_in_its_dtype_like_sdpa() -> None:
+    """Norms under autocast give float32 queries and keys beside values in half."""
+    args = args_of((2, 3, 4), (1, 3, 2), prefix=1)
+    q, k, v = (torch.randn(1, 2, args.tokens, 8, requires_grad=True) for _ in range(3))
+    mask = torch.zeros(1, 1, 1, args.tokens)
+    with torch.autocast("cpu", torch.bfloat16):
+        out = WINDOW_ATTENTION(q, k, v.bfloat16(), *args.as_op_args(), mask=mask)
+        kept = WINDOW_ATTENTION(*(x.detach().double() for x in (q, k, v)), *args.as_op_args())
+    halves = [x.bfloat16() for x in (q, k, v)]
+    assert torch.equal(out, WINDOW_ATTENTION(*halves, *args.as_op_args(), mask=mask.bfloat16()))
+    assert (out.dtype, kept.dtype) == (torch.bfloat16, torch.float64)
+    out.float().sum().backward()
+    assert q.grad is not None and q.grad.dtype == torch.float32

@@ -84,6 +84,26 @@ def _case(calls: Iterable[tuple[WindowAttentionArgs, str | None]], dtype: torch.
     return Case(all_args, program, named_inputs(program))
 
 
+GROUPED_CALLS: dict[str, tuple[WindowAttentionArgs, str | None]] = {
+    "grouped": (JOINT, None),
+    "grouped, own queries": (OWN_QUERIES, "bool-shared"),
+    "grouped, heads": (replace(JOINT, scale=None), "float-heads"),
+}
+
+
+def _grouped(case: Case, key_heads: int) -> Case:
+    """The same calls with the first heads of k and v alone."""
+    given = []
+    for args, (_, form) in zip(case.calls, GROUPED_CALLS.values(), strict=True):
+        q, k, v = stream_qkv(args, batch=BATCH, heads=HEADS, value_depth=6)
+        mask = [] if form is None else [masked_of(args, MASKS[form], batch=BATCH, heads=HEADS)]
+        given.append(
+            tuple(x.float() if x.is_floating_point() else x for x in (q, k[:, :key_heads], v[:, :key_heads], *mask))
+        )
+    program = trace(Windows(case.calls), tuple(given))
+    return Case(case.calls, program, named_inputs(program))
+
+
 def _write(case: Case, form: AttentionForm, path: Path) -> onnx.ModelProto:
     write_onnx(LegalizeWindowAttention()(case.program).program, path, form=form)
     return onnx.load(path)
@@ -116,6 +136,22 @@ def test_onnxruntime_equals_torch(
         # The mask as a component of the keys is rounded once more than as a bias.
         assert error <= 2 * torch_error + 4 * torch.finfo(torch.float32).eps * magnitude, name
     _check_contract(case, model)
+
+
+@pytest.mark.parametrize("form", ATTENTION_FORMS)
+def test_grouped_heads_in_onnxruntime_equal_torch(form: AttentionForm, tmp_path: Path) -> None:
+    case = _grouped(_case(GROUPED_CALLS.values()), key_heads=1)
+    model = _write(case, form, tmp_path / "model.onnx")
+    exact = execute(case.program, case.inputs, float64=True)
+    plain = execute(case.program, case.inputs)
+    for x, y, reference in zip(_run(tmp_path / "model.onnx", case.inputs), plain, exact, strict=True):
+        magnitude = float(reference.abs().max())
+        torch_error = float((y.double() - reference).abs().max())
+        error = float((x.double() - reference).abs().max())
+        assert error <= 2 * torch_error + 4 * torch.finfo(torch.float32).eps * magnitude
+    _check_contract(case, model)
+    read = [key for _, key in window_functions(ir.load(tmp_path / "model.onnx"))]
+    assert [(key.heads, key.key_heads) for key in read] == [(HEADS, 1)] * len(read)
 
 
 def _check_contract(case: Case, model: onnx.ModelProto) -> None:
@@ -152,6 +188,12 @@ def test_the_name_tells_masks_and_query_streams_apart() -> None:
     same = replace(JOINT, query_prefix=2, query_suffix=3)
     assert FunctionKey(same, 2, 3, 8, 6, "float32", "attention").name == keys[0].name
     assert [FunctionKey.loads(key.dumps()) for key in keys] == keys
+    grouped = replace(keys[0], key_heads=1)
+    assert grouped.name not in {key.name for key in keys}
+    assert FunctionKey.loads(grouped.dumps()) == grouped
+    # Equal heads are not spelled out: names and files stay what they were.
+    assert replace(keys[0], key_heads=3).name == keys[0].name
+    assert "key_heads" not in keys[0].dumps()
 
 
 def test_a_function_carries_its_configuration(tmp_path: Path) -> None:

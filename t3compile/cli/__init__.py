@@ -7,7 +7,11 @@ from __future__ import annotations
 
 import click
 
+from t3compile.cli.deploy_commands import deploy
+from t3compile.cli.doctor_command import doctor
+from t3compile.cli.engine_commands import build_engine
 from t3compile.cli.export_commands import export, run
+from t3compile.cli.kernel_commands import kernels
 from t3compile.cli.model_commands import cost, inspect, plan, rewrite, verify
 
 
@@ -20,5 +24,5 @@ def main() -> None:
     """
 
 
-for _command in (inspect, plan, cost, rewrite, verify, export, run):
+for _command in (inspect, plan, cost, rewrite, verify, export, build_engine, run, kernels, deploy, doctor):
     main.add_command(_command)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import functools
+import re
 import signal
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
 
 import click
+from click.core import ParameterSource
 
 from t3compile.errors import T3CompileError
 
@@ -19,6 +21,8 @@ LEFT_FULL = 3
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
+_SHORT_DTYPES = {"fp32": "float32", "fp16": "float16", "bf16": "bfloat16"}
+
 
 def _options(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
     def decorate(command: Command) -> Command:
@@ -27,6 +31,17 @@ def _options(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
         return command
 
     return decorate
+
+
+def dtype_option(name: str, text: str) -> Callable[[Any], Any]:
+    """An option that takes a dtype in torch's spelling or TensorRT's short one, and gives torch's."""
+    return click.option(
+        name, type=click.Choice([*_SHORT_DTYPES.values(), *_SHORT_DTYPES]), callback=_read_dtype, help=text
+    )
+
+
+def _read_dtype(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    return None if value is None else _SHORT_DTYPES.get(value, value)
 
 
 model_options = _options(
@@ -42,7 +57,7 @@ model_options = _options(
     ),
     click.option("--random-weights", is_flag=True, help="Seeded random weights for a diffusers folder."),
     click.option("--seed", type=int, default=0, help="Seed of --random-weights."),
-    click.option("--dtype", type=click.Choice(["float32", "float16", "bfloat16"]), help="Dtype to trace in."),
+    dtype_option("--dtype", "Dtype to trace in."),
     click.option("--frames", type=int, help="Video size in pixels, for diffusers folders."),
     click.option("--height", type=int),
     click.option("--width", type=int),
@@ -67,6 +82,30 @@ probe_option = click.option(
     help="Check token layouts by experiment: change single patches of the inputs and see which tokens move.",
 )
 json_option = click.option("--json", "as_json", is_flag=True, help="Print the result as JSON.")
+_UNITS = {"": 1, "k": 10**3, "m": 10**6, "g": 10**9, "ki": 2**10, "mi": 2**20, "gi": 2**30}
+
+
+def read_size(_: click.Context, __: click.Parameter, value: str | None) -> int | None:
+    """Bytes of 4GiB, 500MB or 1073741824."""
+    if value is None:
+        return None
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([kmg]i?)?b?", value.strip().lower())
+    size = int(float(found.group(1)) * _UNITS[found.group(2) or ""]) if found else 0
+    if size < 1:
+        raise click.BadParameter(f"'{value}' is not a size; give e.g. 4GiB, 500MB or a number of bytes")
+    return size
+
+
+def refuse_options(names: Iterable[str], source: str) -> None:
+    """UsageError for options of these parameter names that were given, where no model is loaded."""
+    context, wanted = click.get_current_context(), set(names)
+    given = [
+        parameter.opts[0]
+        for parameter in context.command.params
+        if parameter.name in wanted and context.get_parameter_source(parameter.name) is not ParameterSource.DEFAULT
+    ]
+    if given:
+        raise click.UsageError(f"'{source}' is no model to load: leave out {', '.join(given)}")
 
 
 def shielded(command: Command) -> Command:

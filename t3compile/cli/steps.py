@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t3compile.cli.options import CHECK_FAILED, LEFT_FULL
-from t3compile.errors import PlanError
 
 if TYPE_CHECKING:
     from t3compile.inputs import VideoSize
@@ -60,10 +59,7 @@ def make_plan_of(survey: SiteSurvey, schedule: str, min_tokens: int | None) -> P
 def read_plan(path: Path) -> Plan:
     from t3compile.plan import Plan
 
-    try:
-        return Plan.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise PlanError(f"cannot read the plan '{path}': {error}") from None
+    return Plan.read(path)
 
 
 def survey_and_plan(

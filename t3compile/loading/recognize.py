@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import re
 import zipfile
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -25,6 +26,8 @@ _FACTORY = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")
 _ZIP_MAGIC = b"PK\x03\x04"
 _LFS_MAGIC = b"version https://git-lfs"
 TENSORRT_MAGIC = (b"ftrt", b"ptrt")
+# Where a .pt2 archive keeps compiled code, below its root.
+AOTI_FOLDER = "data/aotinductor/"
 # Keys of an ONNX ModelProto that follow its first field, ir_version.
 _ONNX_SECOND_KEYS = b"\x12\x1a\x22\x28\x32\x3a\x42"
 _LARGEST_SAFETENSORS_HEADER = 100_000_000
@@ -111,7 +114,7 @@ def _recognize_file(path: Path) -> Kind:
         raise ModelFileError(
             f"'{path}' is a TensorRT engine, which cannot be rewritten; give the model that it was built from"
         )
-    if head[0] == 0x08 and len(head) > 2 and 1 <= head[1] <= 32 and head[2] in _ONNX_SECOND_KEYS:
+    if looks_like_onnx(head):
         raise ModelFileError(f"'{path}' is an ONNX model, which can only be run; use 't3compile run'")
     raise ModelFileError(f"'{path}' is not a model file of a known kind; MODEL is {MODEL_KINDS}")
 
@@ -123,6 +126,11 @@ def _recognize_zip(path: Path) -> Kind:
     except (zipfile.BadZipFile, ValueError, NotImplementedError):
         raise ModelFileError(f"'{path}' is a truncated or damaged archive; copy it again") from None
     inner = {name.partition("/")[2] for name in names}
+    if _is_compiled(inner):
+        raise ModelFileError(
+            f"'{path}' is an AOTInductor package, compiled code without a graph to rewrite; run it with "
+            "'t3compile run --trust-code', or give the .pt2 that it was compiled from"
+        )
     if "archive_format" in inner:
         return "pt2"
     if "serialized_exported_program.json" in names:
@@ -139,6 +147,26 @@ def _recognize_zip(path: Path) -> Kind:
     if names and all(name.endswith(".npy") for name in names):
         raise ModelFileError(f"'{path}' is a NumPy archive of arrays; give it with --inputs, not as MODEL")
     raise ModelFileError(f"'{path}' is a zip archive that holds no model; MODEL is {MODEL_KINDS}")
+
+
+def looks_like_onnx(head: bytes) -> bool:
+    """Whether a file's first bytes are those of an ONNX ModelProto: ir_version, and a field that follows it."""
+    return len(head) > 2 and head[0] == 0x08 and 1 <= head[1] <= 32 and head[2] in _ONNX_SECOND_KEYS
+
+
+def is_aoti_package(path: Path) -> bool:
+    """Whether the file is a .pt2 archive of compiled code (AOTInductor) without an exported program."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            return _is_compiled({name.partition("/")[2] for name in archive.namelist()})
+    except (zipfile.BadZipFile, ValueError, NotImplementedError, OSError):
+        return False
+
+
+def _is_compiled(inner: Collection[str]) -> bool:
+    has_program = any(name.startswith("models/") for name in inner)
+    has_code = any(name.startswith(AOTI_FOLDER) for name in inner)
+    return "archive_format" in inner and has_code and not has_program
 
 
 def is_safetensors(path: Path) -> bool:

@@ -108,11 +108,13 @@ def reference_window_attention(
 ) -> Tensor:
     """Mean over the branches of dense masked attention, in the dtype of q.
 
-    q: [B, N, Sq, D], k and v: [B, N, S, D], mask: of the full attention, bool (True: visible) or additive,
-    broadcastable to [B, N, Sq, S]; all of it is applied. Returns [B, N, R, D] for the query positions ``rows``
-    (int64 [R], default all Sq), computed ``chunk`` rows at a time so that no Sq x S tensor is held.
+    q: [B, N, Sq, D], k and v: [B, N/g, S, D], each head for g heads of q in a row; mask: of the full attention, bool
+    (True: visible) or additive, broadcastable to [B, N, Sq, S]; all of it is applied. Returns [B, N, R, D] for the
+    query positions ``rows`` (int64 [R], default all Sq), computed ``chunk`` rows at a time so that no Sq x S tensor is
+    held.
     """
     rows = torch.arange(q.shape[-2]) if rows is None else rows
+    k, v = (x if x.shape[-3] == q.shape[-3] else x.repeat_interleave(q.shape[-3] // x.shape[-3], -3) for x in (k, v))
     outputs = []
     for part in rows.split(chunk):
         total = torch.zeros((), dtype=q.dtype)

@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from t3compile.ops.window_attention import WindowAttentionArgs
+from t3compile.ops.window_arguments import WindowAttentionArgs
 from t3compile.pattern import Branch
+
+if TYPE_CHECKING:
+    import torch
 
 INT32_MAX = 2**31 - 1
 LOG2_E = math.log2(math.e)
@@ -92,11 +95,11 @@ class WindowLaunch:
 
     def programs(self, tile: Tile) -> int:
         """GPU programs of the launch: per batch element and head, the tiles of all windows and of the extra queries."""
-        return self.batch * self.heads * self._tiles_per_head(tile)
+        window_tiles = self.windows * self._tiles_per_window(tile)
+        return self.batch * self.heads * (window_tiles + self._extra_tiles(tile))
 
-    def _tiles_per_head(self, tile: Tile) -> int:
-        extra = -(-self.args.extra_queries // tile.block_m)
-        return self.windows * self._tiles_per_window(tile) + extra
+    def _extra_tiles(self, tile: Tile) -> int:
+        return -(-self.args.extra_queries // tile.block_m)
 
     def _tiles_per_window(self, tile: Tile) -> int:
         return -(-self.args.pattern.largest_window_tokens(self.args.grid) // tile.block_m)
@@ -143,11 +146,12 @@ class WindowLaunch:
             "MASK_KEY": mask.key,
             "IS_BOOL_MASK": mask.dtype == "bool",
             "TILES_PER_WINDOW": self._tiles_per_window(tile),
-            "TILES_PER_HEAD": self._tiles_per_head(tile),
+            "EXTRA_TILES": self._extra_tiles(tile),
+            "EXTRA_PROGRAMS": self.batch * self.heads * self._extra_tiles(tile),
             "BLOCK_M": tile.block_m,
             "BLOCK_N": tile.block_n,
-            "BLOCK_D": _block_depth(self.head_dim),
-            "BLOCK_DV": _block_depth(self.value_dim),
+            "BLOCK_D": block_depth(self.head_dim),
+            "BLOCK_DV": block_depth(self.value_dim),
             "WIDE": self.needs_64_bits,
             "UPCAST": upcast,
         }
@@ -157,6 +161,11 @@ def _strides(name: str, layout: Layout) -> dict[str, int]:
     return {f"{name}_BATCH": layout.batch, f"{name}_HEAD": layout.head, f"{name}_TOKEN": layout.token}
 
 
-def _block_depth(depth: int) -> int:
+def dtype_name(dtype: torch.dtype) -> str:
+    """The dtype as launches spell it: "float16", "bool"."""
+    return str(dtype).removeprefix("torch.")
+
+
+def block_depth(depth: int) -> int:
     """The power of two that holds the depth; matrix instructions take at least 16."""
     return max(16, 1 << (depth - 1).bit_length())
