@@ -5,7 +5,6 @@ from __future__ import annotations
 import resource
 import statistics
 import sys
-import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +13,8 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+
+from t3compile.stopwatch import WallClock
 
 
 def peak_memory_bytes() -> int:
@@ -67,14 +68,13 @@ def run_timed(engine: Callable[..., Any], inputs: Mapping[str, Any], repeat: int
     """
     positional = [inputs[name] for name in sorted((n for n in inputs if n.isdecimal()), key=int)]
     named = {name: value for name, value in inputs.items() if not name.isdecimal()}
-    times = []
     result: Any = None
-    for _ in range(repeat):
-        start = time.perf_counter()
+
+    def call() -> None:
+        nonlocal result
         result = engine(*positional, **named)
-        if any(isinstance(x, Tensor) and x.is_cuda for x in (result if isinstance(result, tuple) else (result,))):
-            torch.cuda.synchronize()
-        times.append(time.perf_counter() - start)
+
+    times = [WallClock().seconds(call) for _ in range(repeat)]
     outputs = result if isinstance(result, tuple) else (result,)
     values = tuple(_array(x) for x in outputs)
     dtypes = tuple(str(x.dtype).removeprefix("torch.") for x in outputs)

@@ -8,19 +8,26 @@ Output graph:
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
-from torch import fx
+from torch import Tensor, fx, nn
 
 from t3compile.errors import RewriteError
-from t3compile.ops import WINDOW_ATTENTION, WindowAttention, WindowAttentionCall
+from t3compile.ops import WINDOW_ATTENTION, WindowAttentionArgs, WindowAttentionCall
+from t3compile.ops.regrouped_attention import window_attention
 from t3compile.passes.graph_pass import GraphPass, inline_graph
 from t3compile.program import Program, trace
+
+# Of q, k, v, the arguments and the mask, as ops.regrouped_attention.window_attention.
+AttentionFunction = Callable[[Tensor, Tensor, Tensor, WindowAttentionArgs, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
 class LowerWindowAttention(GraphPass):
-    """Inline the op's torch implementation at every call."""
+    """Inline the torch calls of ``body`` at every call: the op's own implementation, or another to compare it with."""
+
+    body: AttentionFunction = window_attention
 
     def apply(self, graph_module: fx.GraphModule, program: Program) -> bool:
         calls = [node for node in graph_module.graph.nodes if node.target is WINDOW_ATTENTION]
@@ -30,10 +37,19 @@ class LowerWindowAttention(GraphPass):
             values = tuple(x.meta["val"] for x in call.tensors)
             key = (call.args, *((tuple(x.shape), x.stride(), x.dtype) for x in values))
             if key not in bodies:
-                bodies[key] = trace(WindowAttention(call.args), values).graph
+                bodies[key] = trace(_Body(self.body, call.args), values).graph
             inline_graph(node, call.tensors, bodies[key])
         return bool(calls)
 
     def ensures(self, result: Program) -> None:
         if any(node.target is WINDOW_ATTENTION for node in result.graph.nodes):
             raise RewriteError("internal: a window attention call was not lowered")
+
+
+class _Body(nn.Module):
+    def __init__(self, function: AttentionFunction, args: WindowAttentionArgs) -> None:
+        super().__init__()
+        self._function, self._args = function, args
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        return self._function(q, k, v, self._args, mask)

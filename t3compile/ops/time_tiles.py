@@ -6,6 +6,7 @@ import statistics
 from collections.abc import Callable, Iterable
 
 from t3compile.ops.window_launch import Tile
+from t3compile.stopwatch import CudaEvents
 
 # Milliseconds that one run takes.
 Timer = Callable[[Callable[[], None]], float]
@@ -13,19 +14,10 @@ Timer = Callable[[Callable[[], None]], float]
 
 def cuda_milliseconds(run: Callable[[], None], *, warmup: int = 2, repeats: int = 5) -> float:
     """Median time of a run on the current CUDA stream in milliseconds, by CUDA events."""
-    import torch
-
+    events = CudaEvents()
     for _ in range(warmup):
         run()
-    times: list[float] = []
-    for _ in range(repeats):
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        run()
-        end.record()
-        end.synchronize()
-        times.append(float(begin.elapsed_time(end)))
-    return statistics.median(times)
+    return 1e3 * statistics.median(events.seconds(run) for _ in range(repeats))
 
 
 def fastest_tile(
