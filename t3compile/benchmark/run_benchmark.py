@@ -1,0 +1,276 @@
+"""Measure workloads: every variant in every runtime, each in a process of its own, the variants in turns."""
+
+from __future__ import annotations
+
+import datetime
+import shutil
+from collections.abc import Callable, Iterable, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+from t3compile.benchmark.bench_report import BenchReport, Difference, Measurement, NotRun, ProcessRecord
+from t3compile.benchmark.cases import SUBJECTS, Case, Subject, Workload, notes_on_paper
+from t3compile.benchmark.child_process import ChildProcess, WorkerDied, child_process
+from t3compile.benchmark.compare_outputs import allowed_difference, largest_difference
+from t3compile.benchmark.machine import installed_versions, this_machine
+from t3compile.benchmark.messages import Device, LoadRequest, MatrixPeak, Memory, RuntimeName, WarmAnswer
+from t3compile.benchmark.turns import Lane, measure_in_turns
+from t3compile.benchmark.variants import SAME_FUNCTION, Variant
+from t3compile.benchmark.write_target import check_runtime, write_inputs, write_target
+from t3compile.errors import EngineError, T3CompileError
+from t3compile.macs import graph_macs
+from t3compile.program import Program
+
+Progress = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class BenchSettings:
+    """What to compare with, where, and how often; the rewritten program itself is always measured."""
+
+    against: tuple[Variant, ...] = ("full", "paper")
+    runtimes: tuple[RuntimeName, ...] = ("torch",)
+    subjects: tuple[Subject, ...] = SUBJECTS
+    device: Device = "cpu"
+    repeats: int = 5
+    warmup: int = 1
+
+    @property
+    def variants(self) -> tuple[Variant, ...]:
+        return tuple(dict.fromkeys(("windows", *self.against)))
+
+
+def bench(
+    workloads: Iterable[Workload],
+    settings: BenchSettings | None = None,
+    *,
+    command: str = "",
+    progress: Progress = lambda _: None,
+) -> BenchReport:
+    """Measure every workload and compare its variants; files and processes are gone when this returns or raises.
+
+    A runtime that cannot run here, and a process that dies, are listed in the report with the reason. EngineError where
+    nothing at all could be measured.
+    """
+    run = _Run(settings or BenchSettings(), progress)
+    run.check_runtimes()
+    with TemporaryDirectory(prefix="t3compile-bench-") as folder:
+        for workload in workloads:
+            run.measure(workload, Path(folder))
+    if not run.measurements:
+        reasons = "; ".join(dict.fromkeys(map(str, run.not_run))) or "no workload was given"
+        raise EngineError(f"nothing was measured: {reasons}")
+    return run.report(command)
+
+
+@dataclass
+class _Run:
+    """What one call of bench has found so far."""
+
+    settings: BenchSettings
+    progress: Progress
+    runtimes: list[RuntimeName] = field(default_factory=list)
+    peaks: dict[str, MatrixPeak] = field(default_factory=dict)
+    measurements: list[Measurement] = field(default_factory=list)
+    processes: list[ProcessRecord] = field(default_factory=list)
+    differences: list[Difference] = field(default_factory=list)
+    not_run: list[NotRun] = field(default_factory=list)
+    notes: dict[str, None] = field(default_factory=dict)
+
+    def check_runtimes(self) -> None:
+        for runtime in self.settings.runtimes:
+            try:
+                check_runtime(runtime, self.settings.device)
+            except T3CompileError as error:
+                self.not_run.append(NotRun(runtime, str(error)))
+            else:
+                self.runtimes.append(runtime)
+
+    def measure(self, workload: Workload, folder: Path) -> None:
+        for subject in self.settings.subjects:
+            cases = workload.cases(subject)
+            if not cases:
+                self.notes[f"{workload.label} has no model around its attention: only attention was measured"] = None
+                continue
+            if "paper" in self.settings.variants:
+                self.notes.update(dict.fromkeys(notes_on_paper(cases)))
+            if self.runtimes:
+                self._measure_peak(cases[0].dtype, folder)
+            references: dict[str, Path] = {}
+            for runtime in self.runtimes:
+                own = folder / f"{subject}-{runtime}"
+                own.mkdir()
+                _Group(self, cases, runtime, own, folder, references).measure()
+                shutil.rmtree(own, ignore_errors=True)
+            for path in references.values():
+                path.unlink()
+
+    def _measure_peak(self, dtype: str, folder: Path) -> None:
+        if dtype in self.peaks:
+            return
+        self.progress(f"peak of matrix products in {dtype}")
+        with child_process(folder, "peak") as child:
+            self.peaks[dtype] = MatrixPeak(**child.ask("matrix_peak", dtype=dtype, device=self.settings.device))
+
+    def report(self, command: str) -> BenchReport:
+        return BenchReport(
+            command,
+            datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            this_machine(self.settings.device),
+            installed_versions(),
+            self.settings.device,
+            self.settings.repeats,
+            self.settings.warmup,
+            tuple(self.peaks.values()),
+            tuple(self.measurements),
+            tuple(self.processes),
+            tuple(self.differences),
+            tuple(self.not_run),
+            tuple(self.notes),
+        )
+
+
+@dataclass
+class _Group:
+    """The variants of some cases in one runtime: alive together, asked in turns."""
+
+    run: _Run
+    cases: Sequence[Case]
+    runtime: RuntimeName
+    folder: Path
+    shared: Path
+    references: dict[str, Path]
+    macs: dict[tuple[str, str], int] = field(default_factory=dict)
+
+    @property
+    def _at(self) -> str:
+        first = self.cases[0]
+        return f"{first.label}, {first.subject}, {self.runtime}"
+
+    def measure(self) -> None:
+        settings = self.run.settings
+        with ExitStack() as children:
+            lanes = [lane for variant in settings.variants if (lane := self._start(variant, children)) is not None]
+            records = {lane.variant: self._warm(lane) for lane in lanes if lane.is_running}
+            names = [case.name for case in self.cases]
+            measure_in_turns(
+                lanes,
+                names,
+                settings.repeats,
+                lambda number: self.run.progress(f"{self._at}: round {number} of {settings.repeats}"),
+            )
+            for lane in lanes:
+                self._keep(lane, records.get(lane.variant))
+
+    def _start(self, variant: Variant, children: ExitStack) -> Lane | None:
+        """A process with every case of a variant loaded, or None where the files cannot be made."""
+        written: dict[str, str] = {}
+        targets: dict[str, str] = {}
+        requests = []
+        try:
+            for case in self.cases:
+                program = case.program(variant)
+                self.macs[case.name, variant] = graph_macs(program.graph)
+                fingerprint = program.fingerprint()
+                if fingerprint not in written:
+                    written[fingerprint] = f"{variant}-{len(written)}"
+                    self.run.progress(f"{self._at}: writing {variant}, {case.name}")
+                    requests.append(self._write(program, written[fingerprint]))
+                targets[case.name] = written[fingerprint]
+        except T3CompileError as error:
+            self._leave_out(variant, error)
+            return None
+        child: ChildProcess = children.enter_context(child_process(self.folder, variant))
+        lane = Lane(variant, child, targets)
+
+        def load() -> None:
+            for request in requests:
+                child.ask("load", **asdict(request))
+
+        lane.try_to(load)
+        return lane
+
+    def _write(self, program: Program, name: str) -> LoadRequest:
+        inputs = None
+        if self.cases[0].subject == "model":
+            inputs = self.folder / "inputs.pt"
+            if not inputs.exists():
+                write_inputs(program, inputs)
+        return write_target(program, name, self.folder, self.runtime, self.run.settings.device, inputs)
+
+    def _warm(self, lane: Lane) -> list[WarmAnswer]:
+        """Warm every target up, compare its outputs, and let memory settle."""
+        answers: dict[str, WarmAnswer] = {}
+
+        def warm() -> None:
+            for case in self.cases:
+                name = lane.targets[case.name]
+                output = self.folder / f"{name}.out"
+                if name not in answers:
+                    self.run.progress(f"{self._at}: warming up {lane.variant}, {case.name}")
+                    calls = max(1, self.run.settings.warmup)
+                    said = lane.child.ask("warm", name=name, calls=calls, output=str(output))
+                    answers[name] = WarmAnswer(**{**said, "paths": tuple(said["paths"]), "notes": tuple(said["notes"])})
+                self._compare(lane.variant, case, output)
+            lane.child.ask("settle")
+
+        lane.try_to(warm)
+        for name in set(lane.targets.values()):
+            (self.folder / f"{name}.out").unlink(missing_ok=True)
+        return list(answers.values())
+
+    def _compare(self, variant: str, case: Case, output: Path) -> None:
+        reference = self.references.get(case.name)
+        if reference is None:
+            if variant == "windows":
+                kept = self.shared / f"reference-{len(self.references)}.out"
+                shutil.copyfile(output, kept)
+                self.references[case.name] = kept
+            return
+        error, magnitude = largest_difference(output, reference)
+        allowed = allowed_difference(case.dtype, magnitude) if variant in SAME_FUNCTION else None
+        self.run.differences.append(
+            Difference(case.label, case.subject, case.name, variant, self.runtime, error, magnitude, allowed)
+        )
+
+    def _keep(self, lane: Lane, answers: list[WarmAnswer] | None) -> None:
+        """Put what a lane measured into the report."""
+        memory = Memory()
+
+        def ask() -> None:
+            nonlocal memory
+            memory = Memory(**lane.child.ask("memory"))
+
+        if lane.is_running:
+            lane.try_to(ask)
+        if lane.error is not None:
+            self._leave_out(lane.variant, lane.error)
+            return
+        for case in self.cases:
+            self.run.measurements.append(
+                Measurement(
+                    case.label,
+                    case.subject,
+                    case.name,
+                    lane.variant,
+                    self.runtime,
+                    case.dtype,
+                    case.layers,
+                    self.macs[case.name, lane.variant],
+                    tuple(lane.times_s[case.name]),
+                )
+            )
+        paths = tuple(dict.fromkeys(path for answer in answers or () for path in answer.paths))
+        notes = tuple(dict.fromkeys(note for answer in answers or () for note in answer.notes))
+        engine = answers[0].runtime if answers else ""
+        first = self.cases[0]
+        self.run.processes.append(
+            ProcessRecord(first.label, first.subject, lane.variant, self.runtime, engine, memory, paths, notes)
+        )
+
+    def _leave_out(self, variant: str, error: T3CompileError) -> None:
+        exit_code = error.exit_code if isinstance(error, WorkerDied) else None
+        first = self.cases[0]
+        self.run.not_run.append(NotRun(self.runtime, str(error), first.label, first.subject, variant, exit_code))
