@@ -14,9 +14,9 @@ from torch.utils import _pytree as pytree
 
 from t3compile.benchmark.messages import LoadRequest
 from t3compile.export.engine_inputs import EngineInput, program_inputs
+from t3compile.export.runtimes import load
 from t3compile.inputs import bind_inputs, read_inputs
 from t3compile.loading import load_program
-from t3compile.pipeline import load_engine
 from t3compile.program import Program
 from t3compile.stopwatch import CudaEvents, Stopwatch, WallClock
 
@@ -75,7 +75,8 @@ def _module_on(program: Program, device: str) -> tuple[Program, Callable[..., An
 
 def _load_engine(request: LoadRequest) -> Target:
     name = f"onnxruntime-{request.device}" if request.runtime == "ort" else _ENGINES[request.runtime]
-    engine = load_engine(request.path, name, trust_code=True)
+    # Just written by the process that asks.
+    engine = load(Path(request.path), name, trust_code=True)
     # TensorRT takes tensors where they lie; the others copy to the host, which is then part of every call.
     device = request.device if request.runtime == "trt" else "cpu"
     named = _inputs(request, engine.inputs, device)

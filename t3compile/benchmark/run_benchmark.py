@@ -152,7 +152,10 @@ class _Group:
     def measure(self) -> None:
         settings = self.run.settings
         with ExitStack() as children:
-            lanes = [lane for variant in settings.variants if (lane := self._start(variant, children)) is not None]
+            # All start at once: a process imports while files are written for another.
+            started = [children.enter_context(child_process(self.folder, name)) for name in settings.variants]
+            pairs = zip(settings.variants, started, strict=True)
+            lanes = [lane for variant, child in pairs if (lane := self._load(variant, child)) is not None]
             records = {lane.variant: self._warm(lane) for lane in lanes if lane.is_running}
             names = [case.name for case in self.cases]
             measure_in_turns(
@@ -164,8 +167,8 @@ class _Group:
             for lane in lanes:
                 self._keep(lane, records.get(lane.variant))
 
-    def _start(self, variant: Variant, children: ExitStack) -> Lane | None:
-        """A process with every case of a variant loaded, or None where the files cannot be made."""
+    def _load(self, variant: Variant, child: ChildProcess) -> Lane | None:
+        """Every case of a variant loaded in its process, or None where the files cannot be made."""
         written: dict[str, str] = {}
         targets: dict[str, str] = {}
         requests = []
@@ -182,7 +185,6 @@ class _Group:
         except T3CompileError as error:
             self._leave_out(variant, error)
             return None
-        child: ChildProcess = children.enter_context(child_process(self.folder, variant))
         lane = Lane(variant, child, targets)
 
         def load() -> None:

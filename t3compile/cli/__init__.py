@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import click
 
+from t3compile.cli.bench_command import bench
 from t3compile.cli.deploy_commands import deploy
 from t3compile.cli.doctor_command import doctor
 from t3compile.cli.engine_commands import build_engine
@@ -24,5 +25,5 @@ def main() -> None:
     """
 
 
-for _command in (inspect, plan, cost, rewrite, verify, export, build_engine, run, kernels, deploy, doctor):
+for _command in (inspect, plan, cost, rewrite, verify, export, build_engine, run, bench, kernels, deploy, doctor):
     main.add_command(_command)
