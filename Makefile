@@ -28,11 +28,14 @@ $(STAMP): pyproject.toml constraints.txt $(TENSORRT_VERSIONS)
 demo: $(STAMP) ## The whole line on Wan2.1-T2V-1.3B's configuration: load, rewrite, verify, export, run (about two minutes)
 	$(BIN)/python -m t3compile.demo
 
-bench: $(STAMP) ## The demo's rewritten and full models side by side in onnxruntime, more repeats
-	$(BIN)/python -m t3compile.demo --bench
+bench: $(STAMP) ## The measurements of BENCHMARKS.md, after the tests: windows, full attention and the paper's form (20 minutes)
+	$(BIN)/python -m tests.bench_suite
 
-bench-kernel: $(STAMP) ## Full attention, regrouped tokens and the kernel side by side on a GPU, both presets (minutes)
-	$(BIN)/python -m tests.bench_kernel
+KERNELS := --device cuda --dtype bfloat16 --what attention --against full,paper,regrouped --runtime torch,compile
+
+bench-kernel: $(STAMP) ## The kernel beside full attention, the paper's form and regrouped tokens on a GPU, at real sizes (minutes)
+	$(BIN)/t3compile bench t3-wan2.1-4k --sizes 480p,720p,4k $(KERNELS) --markdown
+	$(BIN)/t3compile bench t3-wan2.2-4k --sizes 4k $(KERNELS) --markdown
 
 speed: $(STAMP) ## Seconds that detection, planning and rewriting take at 15, 30 and 60 blocks (some minutes)
 	$(BIN)/python -m tests.test_detection_speed

@@ -1,6 +1,6 @@
 """The whole line on Wan2.1-T2V-1.3B's published configuration, with fewer layers and random weights.
 
-Run by `make demo` and `make bench`; every step is a command that a user would type.
+Run by `make demo`; every step is a command that a user would type. `make bench` measures the same model at length.
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import json
 import platform
-import statistics
 import subprocess
 import sys
 import time
@@ -46,6 +45,14 @@ SIZE = ["--frames", "25", "--height", "480", "--width", "832", "--text-tokens", 
 REQUIRED_SHARE = 0.6
 
 
+def write_model(folder: Path) -> Path:
+    """The configuration of the demo's model as a diffusers folder without weights, inside ``folder``."""
+    model = folder / f"wan2.1-1.3b-{LAYERS}-layers"
+    model.mkdir(exist_ok=True)
+    (model / "config.json").write_text(json.dumps(WAN_1_3B | {"num_layers": LAYERS}, indent=2))
+    return model
+
+
 def _command(*arguments: str | Path) -> Any:
     """Run one t3compile command, shown as it would be typed; its JSON result if it was asked for one."""
     texts = [str(argument) for argument in arguments]
@@ -60,18 +67,10 @@ def _command(*arguments: str | Path) -> Any:
     return json.loads(done.stdout) if as_json else None
 
 
-@dataclass
+@dataclass(frozen=True)
 class _Timing:
-    times_s: list[float]
+    median_s: float
     peak_bytes: int
-
-    def add(self, result: dict[str, Any]) -> None:
-        self.times_s += result["times_s"]
-        self.peak_bytes = max(self.peak_bytes, result["peak_memory_bytes"])
-
-    @property
-    def median_s(self) -> float:
-        return statistics.median(self.times_s)
 
 
 def _write_inputs(path: Path) -> None:
@@ -85,13 +84,13 @@ def _write_inputs(path: Path) -> None:
     )
 
 
-def _compare(folder: Path, rounds: int, repeat: int) -> dict[str, _Timing]:
-    """Full and rewritten model in turns, each time in a process of its own."""
-    timings = {"full": _Timing([], 0), "windows": _Timing([], 0)}
-    for _ in range(rounds):
-        for name, timing in timings.items():
-            files = (folder / f"{name}.onnx", "--inputs", folder / "inputs.npz", "-o", folder / f"{name}.npz")
-            timing.add(_command("run", *files, "--repeat", str(repeat), "--json"))
+def _compare(folder: Path) -> dict[str, _Timing]:
+    """One call of the full and of the rewritten model, each in a process of its own."""
+    timings = {}
+    for name in ("full", "windows"):
+        files = (folder / f"{name}.onnx", "--inputs", folder / "inputs.npz", "-o", folder / f"{name}.npz")
+        result = _command("run", *files, "--json")
+        timings[name] = _Timing(result["median_s"], result["peak_memory_bytes"])
     return timings
 
 
@@ -124,14 +123,12 @@ def _show(cost: dict[str, Any], timings: dict[str, _Timing], error: float, magni
 def main() -> None:
     """Run the demo; exits with 1 when a step fails or the gain is too small."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--bench", action="store_true", help="more rounds of timing")
     parser.add_argument("--output", type=Path, default=Path("demo-output"))
     options = parser.parse_args()
     start = time.perf_counter()
     folder: Path = options.output
-    model = folder / f"wan2.1-1.3b-{LAYERS}-layers"
-    model.mkdir(parents=True, exist_ok=True)
-    (model / "config.json").write_text(json.dumps(WAN_1_3B | {"num_layers": LAYERS}, indent=2))
+    folder.mkdir(parents=True, exist_ok=True)
+    model = write_model(folder)
     _write_inputs(folder / "inputs.npz")
 
     source: list[str | Path] = [model, "--random-weights", *SIZE]
@@ -139,7 +136,7 @@ def main() -> None:
     rewritten = _command("rewrite", *source, "-o", folder / "windows.pt2", "--json")
     _command("export", folder / "windows.pt2", "-o", folder / "windows.onnx", "--no-check")
     _command("export", *source, "-o", folder / "full.onnx", "--no-check")
-    timings = _compare(folder, rounds=3, repeat=2) if options.bench else _compare(folder, rounds=1, repeat=1)
+    timings = _compare(folder)
     in_torch = folder / "torch.npz"
     _command("run", folder / "windows.pt2", "--inputs", folder / "inputs.npz", "-o", in_torch)
     with np.load(folder / "windows.npz") as ours, np.load(in_torch) as reference:

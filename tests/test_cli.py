@@ -29,6 +29,7 @@ COMMANDS = (
     "export",
     "build-engine",
     "run",
+    "bench",
     "kernels",
     "deploy",
     "doctor",

@@ -1,5 +1,5 @@
-"""A rewritten model measured beside what would be used in its place: Program -> variants -> child processes -> report."""
+"""A rewritten model measured beside what would be used in its place.
 
-from t3compile.benchmark.run_benchmark import BenchSettings, Workload, bench
-
-__all__ = ["BenchSettings", "Workload", "bench"]
+Program -> variants -> measured processes -> report. Nothing is imported here: a measured process holds only what it
+runs.
+"""

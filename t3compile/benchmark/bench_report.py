@@ -82,7 +82,10 @@ class Difference:
 
 @dataclass(frozen=True)
 class NotRun:
-    """What was asked for and not measured, and why; an empty field means all. ``exit_code`` is of a process that died."""
+    """What was asked for and not measured, and why; an empty field means all.
+
+    ``exit_code`` is that of a process that died.
+    """
 
     runtime: str
     reason: str
@@ -146,7 +149,7 @@ class BenchReport:
         )
 
     def ratio(self, ours: Measurement, variant: str) -> Ratio | None:
-        """How many times as fast as a variant of the same case in the same runtime; None where that was not measured."""
+        """How many times as fast as a variant in the same case and runtime; None where that was not measured."""
         baseline = self.find(ours.label, ours.subject, ours.case, variant, ours.runtime)
         return None if baseline is None else Ratio.of(ours.times_s, baseline.times_s)
 

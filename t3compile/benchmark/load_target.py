@@ -16,7 +16,6 @@ from t3compile.benchmark.messages import LoadRequest
 from t3compile.export.engine_inputs import EngineInput, program_inputs
 from t3compile.export.runtimes import load
 from t3compile.inputs import bind_inputs, read_inputs
-from t3compile.loading import load_program
 from t3compile.program import Program
 from t3compile.stopwatch import CudaEvents, Stopwatch, WallClock
 
@@ -47,6 +46,9 @@ def stopwatch_for(runtime: str, device: str) -> Stopwatch:
 
 
 def _load_torch(request: LoadRequest) -> Target:
+    # Here, so that the process of another runtime holds nothing of it.
+    from t3compile.loading import load_program
+
     program = load_program(request.path, weights=list(request.weights) or None)
     program, module = _module_on(program, request.device)
     if request.runtime == "compile":

@@ -24,11 +24,9 @@ def check_plot(path: Path) -> None:
 
 def _matplotlib() -> Any:
     try:
-        import matplotlib
         from matplotlib import figure
     except ImportError:
-        raise MissingExtraError("matplotlib", "plot", "--plot") from None
-    del matplotlib
+        raise MissingExtraError("matplotlib", "plot", "drawing a benchmark (--plot)") from None
     return figure
 
 
@@ -44,6 +42,8 @@ def write_plot(report: BenchReport, path: Path) -> Path:
     axes = upper.subplots(1, len(groups), squeeze=False)[0]
     for axis, (label, subject) in zip(axes, groups, strict=True):
         _draw(axis, report, label, subject)
+    handles, names = axes[0].get_legend_handles_labels()
+    upper.legend(handles, names, loc="outside upper center", ncols=len(names), fontsize=8, frameon=False)
     lower.text(0.01, 0.98, "\n".join(lines), fontsize=7, family="monospace", va="top")
     with staged_outputs(path) as stage:
         figure.savefig(stage / path.name, format="png", dpi=130)
@@ -68,7 +68,7 @@ def _draw(axis: Any, report: BenchReport, label: str, subject: str) -> None:
         axis.bar(places, medians, bar * 0.92, yerr=around, capsize=2, label=variant, color=_COLORS[variant])
         for place, one in bars:
             axis.annotate(
-                _said(report, one), (place, one.spread.median), ha="center", va="bottom", fontsize=7, xytext=(0, 3),
+                _said(report, one), (place, one.spread.upper), ha="center", va="bottom", fontsize=7, xytext=(0, 3),
                 textcoords="offset points",
             )  # fmt: skip
     axis.set_xticks(range(len(runtimes)), runtimes)
@@ -76,7 +76,6 @@ def _draw(axis: Any, report: BenchReport, label: str, subject: str) -> None:
     axis.set_ylim(bottom=0)
     axis.margins(y=0.12)
     axis.set_title(f"{'attention, all layers' if subject == 'attention' else 'one forward pass'}, {label}", fontsize=9)
-    axis.legend(fontsize=7)
 
 
 def _said(report: BenchReport, one: Measurement) -> str:

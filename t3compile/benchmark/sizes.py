@@ -57,8 +57,8 @@ def preset_grid(preset: Preset, size: PixelSize) -> TokenGrid:
     step = _PRESET_HEIGHT // preset.grid.h
     if (size.frames - 1) % _VAE_FRAMES or size.height % step or size.width % step:
         raise InputsError(
-            f"size {size.text} is no grid of {preset.name}'s model: frames must be {_VAE_FRAMES}*k + 1, height and width "
-            f"multiples of {step}"
+            f"size {size.text} is no grid of {preset.name}'s model: frames must be {_VAE_FRAMES}*k + 1, height and "
+            f"width multiples of {step}"
         )
     return TokenGrid((size.frames - 1) // _VAE_FRAMES + 1, size.height // step, size.width // step)
 

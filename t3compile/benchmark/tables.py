@@ -149,7 +149,9 @@ def _difference_table(report: BenchReport) -> Table:
             one.variant,
             f"{one.error:.3g}",
             f"{one.magnitude:.3g}",
-            "another function" if one.allowed is None else f"{'same' if one.passed else 'NOT'} within {one.allowed:.2g}",
+            "another function"
+            if one.allowed is None
+            else f"{'same' if one.passed else 'NOT'} within {one.allowed:.2g}",
         )
         for one in worst.values()
     )
@@ -198,6 +200,7 @@ def caption(report: BenchReport) -> Sequence[str]:
     return (
         f"{report.machine}; {report.date}",
         versions,
-        f"matrix-product peak {peaks}; median (quartiles) of {report.repeats} paired rounds after {report.warmup} warm-up",
+        f"matrix-product peak {peaks}",
+        f"median (quartiles) of {report.repeats} paired rounds after {report.warmup} warm-up calls",
         f"$ {report.command}" if report.command else "",
     )

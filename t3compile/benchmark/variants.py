@@ -39,9 +39,7 @@ def variant_program(rewritten: Program, variant: Variant, original: Program | No
             return LowerWindowAttention()(rewritten).program
 
 
-def _full_attention(
-    q: Tensor, k: Tensor, v: Tensor, args: WindowAttentionArgs, mask: Tensor | None = None
-) -> Tensor:
+def _full_attention(q: Tensor, k: Tensor, v: Tensor, args: WindowAttentionArgs, mask: Tensor | None = None) -> Tensor:
     """One window over everything is plain attention."""
     return window_attention(q, k, v, replace(args, pattern=WindowPattern(Splits(1, 1, 1))), mask)
 

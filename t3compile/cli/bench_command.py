@@ -23,8 +23,8 @@ from t3compile.cli.steps import load_model, say_what_is_left, survey_and_plan
 from t3compile.errors import InputsError
 
 if TYPE_CHECKING:
-    from t3compile.benchmark import Workload
     from t3compile.benchmark.bench_report import BenchReport
+    from t3compile.benchmark.cases import Workload
 
 _AGAINST = ("full", "paper", "regrouped")
 _RUNTIMES = ("torch", "compile", "ort", "aoti", "trt")
@@ -111,8 +111,8 @@ def bench(
     """
     if as_json and markdown:
         raise click.UsageError("--json and --markdown exclude each other: leave one out")
-    from t3compile.benchmark import BenchSettings
-    from t3compile.benchmark import bench as measure
+    from t3compile.benchmark.run_benchmark import BenchSettings
+    from t3compile.benchmark.run_benchmark import bench as measure
     from t3compile.files import check_writable, write_text
     from t3compile.report import progress, say
 
@@ -180,7 +180,7 @@ def _workloads(options: dict[str, Any]) -> Iterator[Workload]:
 
 
 def _workload(label: str, options: dict[str, Any]) -> Workload:
-    from t3compile.benchmark import Workload
+    from t3compile.benchmark.cases import Workload
     from t3compile.pipeline import rewrite
 
     planned = {name: options[name] for name in ("grid", "schedule", "min_tokens", "plan_file")}
@@ -205,7 +205,9 @@ def _show(report: BenchReport, *, as_json: bool, markdown: bool) -> None:
     if as_json:
         show_json(report.to_json())
     elif markdown:
-        click.echo("\n\n".join(["  \n".join(filter(None, caption(report))), *(t.markdown() for t in bench_tables(report))]))
+        click.echo(
+            "\n\n".join(["  \n".join(filter(None, caption(report))), *(t.markdown() for t in bench_tables(report))])
+        )
     else:
         for table in bench_tables(report):
             show_table(table.title, table.columns, table.rows)
