@@ -14,6 +14,8 @@ from pathlib import Path
 from t3compile.errors import OutputError
 
 _STAGE_SUFFIX = ".part"
+# Where a replaced folder waits until the new one is in its place.
+_OLD = "old"
 _NEW_S = 5.0
 
 
@@ -98,7 +100,9 @@ def _remove_abandoned(path: Path) -> None:
         # A new one may be about to be locked.
         lock = None if is_new or not stage.is_dir() else _lock(stage)
         if lock is not None:
-            shutil.rmtree(stage, ignore_errors=True)
+            # A run that was killed between its two renames: what the folder held is whole here, and only here.
+            if not (stage / _OLD).exists():
+                shutil.rmtree(stage, ignore_errors=True)
             os.close(lock)
 
 
@@ -117,9 +121,10 @@ def staged_folder(path: Path, *, beside: Path, needed_bytes: int = 0) -> Iterato
     has no room for `needed_bytes`.
     """
     _check_folder(path, beside)
-    _check_space(beside / path.name, needed_bytes)
-    stage = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=beside))
-    made, old = stage / "new", stage / "old"
+    check_space(beside / path.name, needed_bytes)
+    stage = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_STAGE_SUFFIX, dir=beside))
+    lock = _lock(stage)
+    made, old = stage / "new", stage / _OLD
     try:
         made.mkdir()
         yield made
@@ -136,3 +141,5 @@ def staged_folder(path: Path, *, beside: Path, needed_bytes: int = 0) -> Iterato
         raise OutputError(f"cannot write '{path}': {error.strerror or error}{at}") from error
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+        if lock is not None:
+            os.close(lock)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
+import subprocess
+import sys
 import tempfile
+import time
 from pathlib import Path
 from typing import Any
 
@@ -188,3 +192,81 @@ def test_a_folder_is_refused_before_any_work(tmp_path: Path) -> None:
         ):
             pytest.fail("the block ran")
     assert list(tmp_path.iterdir()) == []
+
+
+# --- what killed runs leave ----------------------------------------------------------------------
+
+
+def _run_and_kill(line: str) -> None:
+    code = f"import os, signal\nfrom pathlib import Path\nfrom t3compile.files import *\n{line}"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == -signal.SIGKILL
+
+
+def _make_old(path: Path) -> None:
+    """Five seconds pass before an unlocked stage counts as abandoned."""
+    os.utime(path, (time.time() - 60,) * 2)
+
+
+def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path: Path) -> None:
+    code = (
+        "import os, signal, sys; from pathlib import Path; from t3compile.files import staged_outputs\n"
+        "with staged_outputs(Path(sys.argv[1])) as stage:\n"
+        "    (stage / 'half').write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
+    )
+    output = tmp_path / "model.pt2"
+    subprocess.run([sys.executable, "-c", code, str(output)], check=False)
+    (left,) = tmp_path.iterdir()
+    assert left.name.endswith(".part")
+    old = time.time() - 60
+    os.utime(left, (old, old))
+    # A run that still lives keeps its folder, however old.
+    with staged_outputs(tmp_path / "model.pt2") as stage:
+        assert [path.name for path in tmp_path.iterdir()] == [stage.name]
+        os.utime(stage, (old, old))
+        write_text(output, "done")
+        assert stage.is_dir()
+    assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
+
+
+@pytest.mark.parametrize("is_held", [True, False])
+def test_the_next_folder_clears_what_a_killed_run_left_but_not_what_is_being_made(
+    tmp_path: Path, is_held: bool
+) -> None:
+    path = tmp_path / "model"
+    if is_held:
+        with staged_folder(path, beside=tmp_path) as held:
+            _make_old(held.parent)
+            with staged_folder(path, beside=tmp_path) as other:
+                (other / "new").write_text("other")
+            assert held.is_dir()
+            (held / "new").write_text("held")
+    else:
+        _run_and_kill(
+            f"with staged_folder(Path({str(path)!r}), beside=Path({str(tmp_path)!r})) as made:\n"
+            "    (made / 'half').write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
+        )
+        (left,) = tmp_path.iterdir()
+        _make_old(left)
+        with staged_folder(path, beside=tmp_path) as made:
+            (made / "new").write_text("held")
+    assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+    assert (path / "new").read_text() == "held"
+
+
+def test_a_folder_whose_replacement_was_killed_midway_is_not_lost(tmp_path: Path) -> None:
+    path = tmp_path / "model"
+    path.mkdir()
+    (path / "precious").write_text("precious")
+    _run_and_kill(
+        "real = os.rename\n"
+        "def rename(a, b):\n"
+        "    real(a, b)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+        "os.rename = rename\n"
+        f"with staged_folder(Path({str(path)!r}), beside=Path({str(tmp_path)!r})): pass"
+    )
+    (left,) = tmp_path.iterdir()
+    _make_old(left)
+    with staged_folder(path, beside=tmp_path) as made:
+        (made / "new").write_text("new")
+    assert [file.read_text() for file in tmp_path.rglob("precious")] == ["precious"]

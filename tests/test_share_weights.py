@@ -7,7 +7,6 @@ import json
 import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,6 @@ import t3compile
 from t3compile import files
 from t3compile.errors import OutputError, WeightsError
 from t3compile.export import store_weights
-from t3compile.files import staged_outputs, write_text
 from t3compile.inputs import named_inputs
 from t3compile.pipeline import ExportReport, export_onnx_report, load_engine, load_program
 from t3compile.program import Program
@@ -224,27 +222,6 @@ def test_a_write_that_fails_leaves_nothing(folder: Path, written: Path, tmp_path
     (error,) = [line for line in done.stderr.splitlines() if line.startswith("error:")]
     assert "File too large" in error
     assert list(tmp_path.iterdir()) == []
-
-
-def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    code = (
-        "import os, signal, sys; from pathlib import Path; from t3compile.files import staged_outputs\n"
-        "with staged_outputs(Path(sys.argv[1])) as stage:\n"
-        "    (stage / 'half').write_text('half'); os.kill(os.getpid(), signal.SIGKILL)"
-    )
-    output = tmp_path / "model.pt2"
-    subprocess.run([sys.executable, "-c", code, str(output)], check=False)
-    (left,) = tmp_path.iterdir()
-    assert left.name.endswith(".part")
-    old = time.time() - 60
-    os.utime(left, (old, old))
-    # A run that still lives keeps its folder, however old.
-    with staged_outputs(tmp_path / "model.pt2") as stage:
-        assert [path.name for path in tmp_path.iterdir()] == [stage.name]
-        os.utime(stage, (old, old))
-        write_text(output, "done")
-        assert stage.is_dir()
-    assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
 
 
 def test_the_report_is_json(rewritten: Program, tmp_path: Path) -> None:
