@@ -231,7 +231,7 @@ Record = TypeVar("Record", Measurement, ProcessRecord, Difference)
 
 
 def _read(kind: type[Record], data: Mapping[str, Any]) -> Record:
-    values = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
+    values: dict[str, Any] = {name: tuple(value) if isinstance(value, list) else value for name, value in data.items()}
     if "memory" in values:
         values["memory"] = Memory(**values["memory"])
     return kind(**values)

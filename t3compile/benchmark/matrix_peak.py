@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
 from t3compile.benchmark.messages import MatrixPeak
@@ -23,9 +25,9 @@ def measure_matrix_peak(
     best = MatrixPeak(dtype, device)
     for size in _SIZES:
         a, b = (torch.randn(size, size, generator=generator, device=device).to(getattr(torch, dtype)) for _ in range(2))
-        out = torch.empty_like(a)
-        first = min(watch.seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out)) for _ in range(2))
-        times = [first, *(watch.seconds(lambda a=a, b=b, out=out: torch.mm(a, b, out=out)) for _ in range(repeats))]
+        multiply = partial(torch.mm, a, b, out=torch.empty_like(a))
+        first = min(watch.seconds(multiply) for _ in range(2))
+        times = [first, *(watch.seconds(multiply) for _ in range(repeats))]
         reached = 2.0 * size**3 / max(min(times), 1e-12)
         if reached > best.flops_per_s:
             best = MatrixPeak(dtype, device, size, reached, torch.get_num_threads())

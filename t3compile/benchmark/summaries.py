@@ -21,7 +21,9 @@ class Spread:
     @classmethod
     def of(cls, values: Sequence[float]) -> Spread:
         """Quartiles include the ends; one value is its own quartile."""
-        lower, median, upper = statistics.quantiles(values, n=4, method="inclusive") if len(values) > 1 else values * 3
+        if len(values) == 1:
+            return cls(*(values[0],) * 5)
+        lower, median, upper = statistics.quantiles(values, n=4, method="inclusive")
         return cls(median, lower, upper, min(values), max(values))
 
     def to_json(self) -> dict[str, float]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from t3compile.benchmark.bench_report import OURS, TOTAL, BenchReport, Measurement
+from t3compile.benchmark.bench_report import OURS, TOTAL, BenchReport, Difference, Measurement
 from t3compile.report import count, size_bytes
 
 
@@ -135,7 +135,7 @@ def _process_table(report: BenchReport) -> Table:
 
 def _difference_table(report: BenchReport) -> Table:
     """The worst case of every variant and runtime."""
-    worst = {}
+    worst: dict[tuple[str, ...], Difference] = {}
     for one in report.differences:
         key = (one.label, one.subject, one.variant, one.runtime)
         kept = worst.get(key)

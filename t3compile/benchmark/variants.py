@@ -55,7 +55,8 @@ class TensorForm:
     @classmethod
     def of(cls, value: Tensor) -> TensorForm:
         # By stride; axes of length 1 may have any, and stay where they are.
-        order = sorted(range(value.dim()), key=lambda axis: (-value.stride(axis), axis))
+        strides: tuple[int, ...] = value.stride()
+        order = sorted(range(value.dim()), key=lambda axis: (-strides[axis], axis))
         return cls(tuple(value.shape), str(value.dtype).removeprefix("torch."), tuple(order))
 
     @property
