@@ -22,7 +22,6 @@ import torch
 import t3compile
 from t3compile.errors import EngineError, T3CompileError, first_line
 from t3compile.export.build_network import BuildSettings, Built, build_network
-from t3compile.export.build_progress import BuildProgress, SilentProgress
 from t3compile.export.cuda_device import CudaDevice
 from t3compile.export.engine_layers import AttentionNode, attention_nodes
 from t3compile.export.engine_manifest import (
@@ -43,7 +42,9 @@ from t3compile.export.tensorrt_network import check_operators, parser_knows
 from t3compile.export.tensorrt_session import TensorRTSession
 from t3compile.export.timing_cache import read_timing_cache
 from t3compile.export.write_onnx import PLAN_PROPERTY
-from t3compile.files import check_writable, staged_outputs
+from t3compile.files import check_writable, scratch_folder, staged_outputs
+from t3compile.interruption import unfinished
+from t3compile.progress import SILENT, Progress
 
 Lowering = Literal["plugin", "native"]
 Attention = Literal["auto", "plugin", "native"]
@@ -74,7 +75,7 @@ def build_engine(
     precision: Precision | None = None,
     attention: Attention = "auto",
     settings: BuildSettings | None = None,
-    progress: BuildProgress | None = None,
+    progress: Progress = SILENT,
 ) -> EngineReport:
     """Build ``path`` from an ONNX file, with ``path``.manifest.json and ``path``.layers.json, whole or not at all.
 
@@ -83,7 +84,7 @@ def build_engine(
     one whose median call is faster, or the only one that runs. EngineError where TensorRT, a GPU, an operator or a
     build fails; KeyboardInterrupt cancels the build and leaves nothing behind.
     """
-    settings, progress = settings or BuildSettings(), progress or SilentProgress()
+    settings = settings or BuildSettings()
     check_writable(path)
     check_onnx_file(onnx)
     tensorrt, device = load_tensorrt_and_device(PURPOSE)
@@ -95,8 +96,7 @@ def build_engine(
     with staged_outputs(path) as stage, ExitStack() as stack:
         sources = [_place(attempt, onnx, path, stack) for attempt in _spelled(tensorrt, attempts, notes)]
         # Not in the stage: what is left there becomes an output.
-        folder = tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".work", dir=path.parent)
-        work = Path(stack.enter_context(folder))
+        work = stack.enter_context(scratch_folder(path.parent, path.name))
         built: list[Built] = []
         for attempt, source in zip(attempts, sources, strict=True):
             progress(f"building {attempt.lowering} attention")
@@ -159,7 +159,7 @@ class _Attempt:
 
 
 def _attempts(
-    trt: ModuleType, device: CudaDevice, model: ir.Model, attention: Attention, progress: BuildProgress
+    trt: ModuleType, device: CudaDevice, model: ir.Model, attention: Attention, progress: Progress
 ) -> tuple[list[_Attempt], list[str]]:
     """What to build, the preferred first, and notes on functions that stay native."""
     nodes = attention_nodes(model)
@@ -180,7 +180,7 @@ def _attempts(
 
 
 def _plugin_attempt(
-    trt: ModuleType, device: CudaDevice, model: ir.Model, nodes: Sequence[AttentionNode], progress: BuildProgress
+    trt: ModuleType, device: CudaDevice, model: ir.Model, nodes: Sequence[AttentionNode], progress: Progress
 ) -> tuple[_Attempt | None, list[str]]:
     from t3compile.export.prepare_plugins import prepare_plugins
 
@@ -275,8 +275,7 @@ def _place(attempt: _Attempt, onnx: Path, path: Path, stack: ExitStack) -> Path:
     try:
         handle, name = tempfile.mkstemp(prefix=f".{onnx.stem}.", suffix=".onnx", dir=onnx.parent)
     except OSError:
-        folder = tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=".work", dir=path.parent)
-        placed = Path(stack.enter_context(folder)) / onnx.name
+        placed = stack.enter_context(scratch_folder(path.parent, path.name)) / onnx.name
         for location in external_locations(attempt.model):
             link = placed.parent / location
             link.parent.mkdir(parents=True, exist_ok=True)
@@ -284,13 +283,14 @@ def _place(attempt: _Attempt, onnx: Path, path: Path, stack: ExitStack) -> Path:
     else:
         os.close(handle)
         placed = Path(name)
+        stack.enter_context(unfinished(placed))
         stack.callback(placed.unlink, missing_ok=True)
     ir.save(attempt.model, placed)
     return placed
 
 
 def _fastest(
-    tensorrt: TensorRT, device: CudaDevice, built: Sequence[Built], settings: BuildSettings, progress: BuildProgress
+    tensorrt: TensorRT, device: CudaDevice, built: Sequence[Built], settings: BuildSettings, progress: Progress
 ) -> tuple[Built, dict[str, float], list[str]]:
     """The engine whose median call is faster; where there is a choice, the seconds of each that runs, and notes on
     those that do not. EngineError where none does."""

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from t3compile.errors import EngineError, OutputError
-from t3compile.export.build_progress import BuildProgress, Phases, make_progress_monitor, run_cancellable
+from t3compile.export.build_progress import Phases, make_progress_monitor, run_cancellable
 from t3compile.export.cuda_device import CudaDevice
 from t3compile.export.engine_inputs import EngineInput
 from t3compile.export.engine_layers import AttentionNode, LayerCheck, check_layers
@@ -16,6 +16,7 @@ from t3compile.export.tensorrt_api import Messages, TensorRT, make_logger
 from t3compile.export.tensorrt_network import parse_network
 from t3compile.export.tensorrt_session import deserialize, read_tensors
 from t3compile.export.timing_cache import set_timing_cache, write_timing_cache
+from t3compile.progress import Progress
 
 OPT_LEVELS = range(6)
 
@@ -68,7 +69,7 @@ def build_network(
     engine: Path,
     nodes: Sequence[AttentionNode],
     settings: BuildSettings,
-    progress: BuildProgress,
+    progress: Progress,
 ) -> Built:
     """Build the ONNX file ``onnx`` into the file ``engine``.
 
@@ -88,7 +89,7 @@ def _build(
     onnx: Path,
     engine: Path,
     settings: BuildSettings,
-    progress: BuildProgress,
+    progress: Progress,
     logger: Any,
     messages: Messages,
 ) -> tuple[list[str], bool]:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
+
+from t3compile.progress import Progress
 
 Result = TypeVar("Result")
 
@@ -12,29 +14,10 @@ Result = TypeVar("Result")
 _POLL_S = 0.1
 
 
-class BuildProgress(Protocol):
-    """Where progress is shown: steps as sentences, phases of a build with the fraction that is done."""
-
-    def __call__(self, step: str) -> None: ...
-
-    def phase(self, name: str, depth: int, done: float) -> None:
-        """A phase of the build began or went on: its name, how deep it is nested (0 outermost), 0 <= done <= 1."""
-
-
-class SilentProgress:
-    """Shows nothing."""
-
-    def __call__(self, step: str) -> None:
-        pass
-
-    def phase(self, name: str, depth: int, done: float) -> None:
-        pass
-
-
 class Phases:
     """The nested phases of a build. TensorRT may report from any of its threads."""
 
-    def __init__(self, shown: BuildProgress) -> None:
+    def __init__(self, shown: Progress) -> None:
         self._shown = shown
         self._lock = threading.Lock()
         self._stack: list[tuple[str, int]] = []

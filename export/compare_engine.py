@@ -8,23 +8,32 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from t3compile.execute import execute
+from t3compile.execute import execute, run_work
+from t3compile.macs import graph_macs
 from t3compile.program import Program
+from t3compile.progress import SILENT, Progress
 from t3compile.verification import Check, CheckKind, derived_check
 
 
 def compare_engine(
-    engine: Callable[..., Any], program: Program, inputs: Mapping[str, Tensor], kind: CheckKind
+    engine: Callable[..., Any],
+    program: Program,
+    inputs: Mapping[str, Tensor],
+    kind: CheckKind,
+    progress: Progress = SILENT,
 ) -> tuple[Check, ...]:
     """One check per output: the engine on ``inputs`` (by placeholder name) against the float64 run of the graph.
 
     What is allowed comes from torch's own error, or from the change of the float64 result when the inputs move by one
     rounding step, if that is larger: a model that magnifies rounding does so in every runtime.
     """
-    ours = engine(**inputs)
-    plain = execute(program, inputs)
-    exact = execute(program, inputs, float64=True)
-    moved = execute(program, _moved(inputs), float64=True)
+    macs = graph_macs(program.graph)
+    with progress.measure(macs + run_work(program) + 2 * run_work(program, float64=True), "MACs") as advance:
+        ours = engine(**inputs)
+        advance(macs)
+        plain = execute(program, inputs, advance=advance)
+        exact = execute(program, inputs, float64=True, advance=advance)
+        moved = execute(program, _moved(inputs), float64=True, advance=advance)
     outputs = ours if isinstance(ours, tuple) else (ours,)
     return tuple(
         derived_check(kind, f"output {i}", _real(a.cpu()), (_real(b), _real(d)), _real(c))

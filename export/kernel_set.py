@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from importlib.metadata import version
@@ -29,11 +29,10 @@ from t3compile.export.window_function import FunctionKey
 from t3compile.files import staged_folder
 from t3compile.ops.load_kernel import compilable_kernel
 from t3compile.ops.window_launch import Tile, WindowLaunch
+from t3compile.progress import Progress
 
 MANIFEST_NAME = "kernels.json"
 MANIFEST_VERSION = 1
-
-Progress = Callable[[str], None]
 
 
 @dataclass(frozen=True)
@@ -139,9 +138,11 @@ def build_kernel_set(
     pool = ThreadPoolExecutor(max_workers=max(2, os.cpu_count() or 1))
     try:
         futures = [pool.submit(try_tile, launch, tile, architectures, ptxas) for launch, tile in jobs]
-        for number, ((launch, _), future) in enumerate(zip(jobs, futures, strict=True), 1):
-            progress(f"kernel {number} of {len(jobs)}: {launch.args.pattern} {launch.branch}")
-            tried[launch].append(future.result())
+        with progress.measure(len(jobs), "kernels") as advance:
+            for number, ((launch, _), future) in enumerate(zip(jobs, futures, strict=True), 1):
+                progress(f"kernel {number} of {len(jobs)}: {launch.args.pattern} {launch.branch}")
+                tried[launch].append(future.result())
+                advance(1)
     finally:
         pool.shutdown(cancel_futures=True)
     built = {launch: choose_tactics(launch, results, architectures, ptxas) for launch, results in tried.items()}

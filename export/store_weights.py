@@ -8,7 +8,6 @@ cannot do that.
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -20,8 +19,10 @@ from onnx_ir.tensor_adapters import TorchTensor, to_torch_dtype
 from torch import Tensor
 
 from t3compile.errors import WeightsError
+from t3compile.files import scratch_folder
 from t3compile.mapped_files import Extent, MappedFile, byte_view
 from t3compile.program import Program
+from t3compile.progress import SILENT, Advance, Progress
 
 # Smaller tensors stay inside the ONNX file: onnxruntime reads shapes and scalars from there.
 INLINE_BYTES = 1024
@@ -132,7 +133,11 @@ def fold_transposes(model: ir.Model, shared: Collection[str] = ()) -> None:
 
 
 def store_weights(
-    model: ir.Model, path: Path, stage: Path, extents: Mapping[str, Extent] | None = None
+    model: ir.Model,
+    path: Path,
+    stage: Path,
+    extents: Mapping[str, Extent] | None = None,
+    progress: Progress = SILENT,
 ) -> WeightStorage:
     """Write the data of the initializers to ``path``.data in the stage, or point them into files that have it.
 
@@ -149,12 +154,17 @@ def store_weights(
             _point(value, files[extent.file.address].location, extent.offset, extent.nbytes, path.parent)
     written = [value for value in values if value not in shared]
     not_shared = {} if extents is None else _reasons(written)
-    if written:
-        location = f"{path.name}.data"
-        with (stage / location).open("wb") as data:
-            for value in written:
-                offset = _write(data, value)
-                _point(value, location, offset, _nbytes(value), stage)
+    copied = [file for address, file in opened.items() if files[address].how == "copy"]
+    total = sum(map(_nbytes, written)) + sum(file.nbytes for file in copied)
+    with progress.measure(total, "bytes") as advance:
+        for file in copied:
+            _copy(file, stage / files[file.address].location, advance)
+        if written:
+            location = f"{path.name}.data"
+            with (stage / location).open("wb") as data:
+                for value in written:
+                    offset = _write(data, value, advance)
+                    _point(value, location, offset, _nbytes(value), stage)
     return WeightStorage(
         sum(map(_nbytes, written)),
         len(written),
@@ -194,7 +204,7 @@ def _point(value: ir.Value, location: str, offset: int, length: int, folder: Pat
     )
 
 
-def _write(data: BinaryIO, value: ir.Value) -> int:
+def _write(data: BinaryIO, value: ir.Value, advance: Advance) -> int:
     """Append one tensor; the byte at which it begins."""
     alignment = _PAGE_BYTES if _nbytes(value) >= _PAGE_BYTES else 64
     data.write(b"\0" * (-data.tell() % alignment))
@@ -202,14 +212,14 @@ def _write(data: BinaryIO, value: ir.Value) -> int:
     tensor = value.const_value
     assert tensor is not None
     if not isinstance(tensor, LazyWeight):
-        data.write(tensor.tobytes())
+        advance(data.write(tensor.tobytes()))
     elif (extent := tensor.locate()) is not None:
         for chunk in extent.chunks():
-            data.write(chunk)
+            advance(data.write(chunk))
     else:
         view = byte_view(tensor.value())
         for begin in range(0, len(view), _CHUNK_BYTES):
-            data.write(view[begin : begin + _CHUNK_BYTES])
+            advance(data.write(view[begin : begin + _CHUNK_BYTES]))
     return offset
 
 
@@ -226,35 +236,35 @@ def _share_files(files: list[MappedFile], path: Path, stage: Path) -> list[Share
         name = f"{path.name}.{file.path.name}"
         if any(other.location == name for other in shared):
             name = f"{path.name}.{len(shared)}.{file.path.name}"
-        shared.append(SharedFile(name, str(file.path), _link_or_copy(source, stage / name)))
+        shared.append(SharedFile(name, str(file.path), "hard link" if _link(source, stage / name) else "copy"))
     return shared
 
 
-def _link_or_copy(source: Path, target: Path) -> Sharing:
+def _link(source: Path, target: Path) -> bool:
     try:
         os.link(source, target)
     except OSError:
-        shutil.copyfile(source, target)
-        return "copy"
-    return "hard link"
+        return False
+    return True
+
+
+def _copy(file: MappedFile, target: Path, advance: Advance) -> None:
+    with target.open("wb") as copied:
+        for chunk in Extent(file, 0, file.nbytes).chunks():
+            advance(copied.write(chunk))
 
 
 def needed_bytes(program: Program, path: Path, *, share: bool) -> int:
     """Bytes that an export will write to the disk of ``path``, as far as known before it."""
     shared = list(program.external_weights().values()) if share else []
     files = {extent.file.address: extent.file for extent in shared}
-    copied = sum(file.nbytes for file in files.values() if not _can_link(file.path.resolve(), path.parent.resolve()))
+    copied = sum(file.nbytes for file in files.values() if not _can_link(file.path.resolve(), path))
     return program.weight_bytes - sum(extent.nbytes for extent in shared) + copied
 
 
-def _can_link(source: Path, folder: Path) -> bool:
-    """Whether a file is in the folder or can be linked there: tried, since links across mounts may be forbidden."""
-    if source.is_relative_to(folder):
+def _can_link(source: Path, path: Path) -> bool:
+    """Whether a file is in an output's folder or can be linked there: tried, as links over mounts may be forbidden."""
+    if source.is_relative_to(path.parent.resolve()):
         return True
-    trial = folder / f".{source.name}.{os.getpid()}.link"
-    try:
-        os.link(source, trial)
-    except OSError:
-        return False
-    trial.unlink()
-    return True
+    with scratch_folder(path.parent, path.name) as scratch:
+        return _link(source, scratch / source.name)

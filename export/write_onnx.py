@@ -29,6 +29,7 @@ from t3compile.export.window_function import (
 from t3compile.files import staged_outputs
 from t3compile.inputs import frozen_arguments
 from t3compile.program import Program, copy_exported, user_input_names
+from t3compile.progress import SILENT, Progress
 
 PLAN_PROPERTY = "t3compile_plan"
 
@@ -42,7 +43,13 @@ class WrittenOnnx:
 
 
 def write_onnx(
-    program: Program, path: Path, *, form: AttentionForm = "attention", inline: bool = False, share: bool = False
+    program: Program,
+    path: Path,
+    *,
+    form: AttentionForm = "attention",
+    inline: bool = False,
+    share: bool = False,
+    progress: Progress = SILENT,
 ) -> WrittenOnnx:
     """Write ``path`` and ``path``.data, beside first, then renamed; checked by onnx.checker before.
 
@@ -50,6 +57,7 @@ def write_onnx(
     safetensors files that the weights come from wherever they hold the very bytes. One weight is held at a time.
     """
     needed = needed_bytes(program, path, share=share)
+    progress("exporting the graph")
     model = to_onnx_model(program, form=form)
     extents = program.external_weights() if share else None
     fold_transposes(model, extents or ())
@@ -57,8 +65,10 @@ def write_onnx(
     if inline:
         model = InlinePass()(model).model
     with staged_outputs(path, needed_bytes=needed) as stage:
-        storage = store_weights(model, path, stage, extents)
+        progress(f"writing {path.name}")
+        storage = store_weights(model, path, stage, extents, progress)
         ir.save(model, stage / path.name)
+        progress("checking the file")
         _check(stage, path.name)
     return WrittenOnnx(functions, storage)
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -12,6 +11,7 @@ from t3compile.inputs import named_inputs
 from t3compile.passes.lower_window_attention import LowerWindowAttention
 from t3compile.pipeline import ExportReport, in_precision, too_large_to_compare
 from t3compile.program import Program
+from t3compile.progress import SILENT, Progress
 
 
 def export_aoti(
@@ -20,7 +20,7 @@ def export_aoti(
     *,
     precision: Literal["float32", "float16"] | None = None,
     check: bool | None = None,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Progress = SILENT,
 ) -> Path:
     """Write an AOTInductor package; see export_aoti_report."""
     return Path(export_aoti_report(program, path, precision=precision, check=check, progress=progress).path)
@@ -32,7 +32,7 @@ def export_aoti_report(
     *,
     precision: Literal["float32", "float16"] | None = None,
     check: bool | None = None,
-    progress: Callable[[str], None] = lambda _: None,
+    progress: Progress = SILENT,
 ) -> ExportReport:
     """Compile a program, rewritten or not, for this machine's CPU; torch alone loads and runs the package.
 
@@ -56,5 +56,5 @@ def export_aoti_report(
     from t3compile.export.compare_engine import compare_engine
 
     progress("comparing the package with torch")
-    comparison = compare_engine(AotiEngine(path, trust_code=True), program, named_inputs(program), "aoti")
+    comparison = compare_engine(AotiEngine(path, trust_code=True), program, named_inputs(program), "aoti", progress)
     return replace(report, comparison=comparison, not_compared="")

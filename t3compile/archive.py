@@ -20,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 
 from t3compile.mapped_files import Extent, byte_view
+from t3compile.progress import Advance, unmeasured
 from t3compile.weight_references import WeightReferences
 from t3compile.weights import Weights
 
@@ -48,11 +49,12 @@ def write_archive(
     weights: Weights,
     extra: Mapping[str, str],
     references: WeightReferences | None = None,
+    advance: Advance = unmeasured,
 ) -> None:
     """Write a .pt2 that torch.export.load reads, holding no more than one weight at a time.
 
     ``exported`` has fake tensors in its state_dict (see without_values); the values come from ``weights``. With
-    ``references`` the weights in them are not written. OSError, WeightsError.
+    ``references`` the weights in them are not written. ``advance`` is told the bytes of weights. OSError, WeightsError.
     """
     referenced = {} if references is None else references.tensors
     if references is not None:
@@ -68,7 +70,10 @@ def write_archive(
         for payload in payloads:
             tensor = exported.state_dict[payload.names[0]]
             chunks, is_row_major = _content(payload, tensor, weights)
-            _store(archive, f"{root}/{WEIGHTS_FOLDER}{payload.path_name}", chunks)
+            _store(archive, f"{root}/{WEIGHTS_FOLDER}{payload.path_name}", chunks, advance)
+            # Names that share a payload count, as in the total, each.
+            for name in payload.names[1:]:
+                advance(exported.state_dict[name].nbytes)
             for name in payload.names:
                 _describe(config["config"][name], payload.path_name, tensor, is_row_major)
         for name in referenced:
@@ -164,7 +169,7 @@ def _without_weights(exported: ExportedProgram, extra: Mapping[str, str]) -> io.
     return written
 
 
-def _store(archive: zipfile.ZipFile, name: str, chunks: Iterable[Any]) -> None:
+def _store(archive: zipfile.ZipFile, name: str, chunks: Iterable[Any], advance: Advance = unmeasured) -> None:
     """Add an uncompressed file whose bytes begin at a multiple of 64, as torch maps them."""
     entry = zipfile.ZipInfo(name)
     assert archive.fp is not None
@@ -174,4 +179,4 @@ def _store(archive: zipfile.ZipFile, name: str, chunks: Iterable[Any]) -> None:
     entry.extra = _PADDING_ID + padding.to_bytes(2, "little") + b"Z" * padding
     with archive.open(entry, "w", force_zip64=True) as file:
         for chunk in chunks:
-            file.write(chunk)
+            advance(file.write(chunk))

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Literal
 
 from t3compile.errors import ExportError
-from t3compile.files import check_writable
+from t3compile.files import check_writable, scratch_folder
 from t3compile.pipeline import export_onnx_report
 from t3compile.program import Program
+from t3compile.progress import SILENT, Progress
 
 if TYPE_CHECKING:
     from t3compile.export.build_engine import EngineReport
     from t3compile.export.build_network import BuildSettings
-    from t3compile.export.build_progress import BuildProgress
 
 
 def build_engine(
@@ -24,7 +23,7 @@ def build_engine(
     precision: Literal["float32", "float16", "bfloat16"] | None = None,
     attention: Literal["auto", "plugin", "native"] = "auto",
     settings: BuildSettings | None = None,
-    progress: BuildProgress | None = None,
+    progress: Progress = SILENT,
 ) -> EngineReport:
     """Build a TensorRT engine at ``path`` from a program, rewritten or not, or from an exported ONNX file.
 
@@ -46,9 +45,9 @@ def build_engine(
         return build_from_onnx(
             Path(source), path, precision=precision, attention=attention, settings=settings, progress=progress
         )
-    with TemporaryDirectory(prefix=f".{path.name}.", suffix=".onnx", dir=path.parent) as folder:
-        onnx = Path(folder) / f"{path.stem}.onnx"
-        report = export_onnx_report(source, onnx, precision=precision, check=False, progress=progress or _silent)
+    with scratch_folder(path.parent, path.name) as folder:
+        onnx = folder / f"{path.stem}.onnx"
+        report = export_onnx_report(source, onnx, precision=precision, check=False, progress=progress)
         built = build_from_onnx(onnx, path, attention=attention, settings=settings, progress=progress)
     return built.with_notes(report.notes)
 
@@ -60,7 +59,3 @@ def check_refittable(settings: BuildSettings | None) -> None:
             "an engine without weights takes them from its ONNX file: export the model with 't3compile export' and "
             "build from that file"
         )
-
-
-def _silent(_: str) -> None:
-    """No progress is shown."""

@@ -59,6 +59,10 @@ class OutputError(T3CompileError):
     """The result cannot be written where it was asked for."""
 
 
+class UnfinishedOutputWarning(UserWarning):
+    """What a killed run left beside an output was removed."""
+
+
 class MissingExtraError(T3CompileError):
     """An optional dependency is needed and not installed."""
 

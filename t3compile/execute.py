@@ -14,7 +14,9 @@ from torch import Tensor, fx
 from torch.export.graph_signature import ConstantArgument, InputKind, InputSpec
 from torch.utils import _pytree as pytree
 
+from t3compile.macs import call_macs
 from t3compile.program import Program, default_dtype
+from t3compile.progress import Advance, unmeasured
 
 _WIDEST = {
     torch.float16: torch.float64,
@@ -45,6 +47,7 @@ class _Executor(fx.Interpreter):
         hooks: Mapping[str, CallHook],
         float64: bool,
         needed: frozenset[fx.Node] | None = None,
+        advance: Advance = unmeasured,
     ) -> None:
         super().__init__(program.exported.graph_module)
         # Errors keep their one sentence.
@@ -54,6 +57,7 @@ class _Executor(fx.Interpreter):
         self._hooks = hooks
         self._float64 = float64
         self._needed = needed
+        self._advance = advance
         self._specs = {spec.arg.name: spec for spec in program.exported.graph_signature.input_specs}
 
     def placeholder(self, target: Any, args: Any, kwargs: Any) -> Any:
@@ -81,7 +85,9 @@ class _Executor(fx.Interpreter):
             return None
         hook = self._hooks.get(n.name)
         if hook is None:
-            return _restrided(super().run_node(n), n)
+            value = _restrided(super().run_node(n), n)
+            self._advance(call_work(n, float64=self._float64))
+            return value
         args, kwargs = self.fetch_args_kwargs_from_env(n)
         return _restrided(hook(n, args, kwargs), n)
 
@@ -122,17 +128,32 @@ def execute(
     *,
     hooks: Mapping[str, CallHook] | None = None,
     float64: bool = False,
+    advance: Advance = unmeasured,
 ) -> list[Tensor]:
     """The program's output tensors in order.
 
     ``inputs`` are tensors by placeholder name; ``hooks`` replace calls by node name; ``float64`` widens every
-    floating value, weights and constants included.
+    floating value, weights and constants included. ``advance`` is told the work of every call that is not replaced.
     """
-    executor = _Executor(program, inputs, hooks or {}, float64)
+    executor = _Executor(program, inputs, hooks or {}, float64, advance=advance)
     placeholders = [node for node in program.graph.nodes if node.op == "placeholder"]
     with torch.no_grad(), default_dtype(torch.float64 if float64 else torch.get_default_dtype()):
         result = executor.run(*(None for _ in placeholders), enable_io_processing=False)
     return [leaf for leaf in pytree.tree_leaves(result) if isinstance(leaf, Tensor)]
+
+
+# The time of a MAC in double precision, in those of single precision.
+WIDE_WORK = 2
+
+
+def call_work(node: fx.Node, *, float64: bool = False) -> int:
+    """MACs of a call as execute reports them: those in double precision count twice."""
+    return call_macs(node) * (WIDE_WORK if float64 else 1)
+
+
+def run_work(program: Program, *, float64: bool = False, replaced: Collection[str] = ()) -> int:
+    """What an execution reports in all, when calls of these names are replaced."""
+    return sum(call_work(node, float64=float64) for node in program.graph.nodes if node.name not in replaced)
 
 
 def watch(

@@ -7,16 +7,19 @@ import os
 import shutil
 import tempfile
 import time
+import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
-from t3compile.errors import OutputError
+from t3compile.errors import OutputError, UnfinishedOutputWarning
+from t3compile.interruption import unfinished, uninterrupted
 
 _STAGE_SUFFIX = ".part"
 # Where a replaced folder waits until the new one is in its place.
 _OLD = "old"
 _NEW_S = 5.0
+_TEMPORARY_NAME = "t3compile"
 
 
 def check_writable(path: Path) -> None:
@@ -39,9 +42,10 @@ def _check_folder(path: Path, folder: Path) -> None:
 def check_space(path: Path, needed_bytes: int) -> None:
     """Raise OutputError, before any work, when the disk under `path` has no room for so much.
 
-    What a killed run left unfinished beside `path` is removed first.
+    What a killed run left unfinished beside `path` is removed first, with a warning.
     """
-    _remove_abandoned(path)
+    for left in remove_abandoned(path):
+        warnings.warn(left, UnfinishedOutputWarning, stacklevel=2)
     free = shutil.disk_usage(path.parent).free
     if free < needed_bytes:
         raise OutputError(
@@ -59,19 +63,94 @@ def staged_outputs(path: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
     """
     check_writable(path)
     check_space(path, needed_bytes)
-    stage = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_STAGE_SUFFIX, dir=path.parent))
-    lock = _lock(stage)
     try:
-        yield stage
-        for file in sorted(stage.iterdir(), key=lambda file: file.name == path.name):
-            os.replace(file, path.parent / file.name)
+        with scratch_folder(path.parent, path.name) as stage:
+            yield stage
+            with uninterrupted():
+                for file in sorted(stage.iterdir(), key=lambda file: file.name == path.name):
+                    os.replace(file, path.parent / file.name)
     except OSError as error:
-        at = f" ('{error.filename}')" if error.filename else ""
-        raise OutputError(f"cannot write '{path}': {error.strerror or error}{at}") from error
+        raise _cannot_write(path, error) from error
+
+
+@contextmanager
+def staged_folder(path: Path, *, beside: Path, needed_bytes: int = 0) -> Iterator[Path]:
+    """An empty folder that becomes `path` when the block ends well, and else is removed.
+
+    `beside` is where it is made: a folder on the file system of `path`. An older folder at `path` is whole until the
+    block has ended, and then goes. Raises OutputError, before the block, when `beside` cannot be written or the disk
+    has no room for `needed_bytes`.
+    """
+    _check_folder(path, beside)
+    check_space(beside / path.name, needed_bytes)
+    try:
+        with scratch_folder(beside, path.name) as stage:
+            made = stage / "new"
+            made.mkdir()
+            yield made
+            with uninterrupted():
+                _exchange(path, made, stage / _OLD)
+    except OSError as error:
+        raise _cannot_write(path, error) from error
+
+
+def _exchange(path: Path, made: Path, old: Path) -> None:
+    try:
+        if path.exists():
+            os.rename(path, old)
+        os.rename(made, path)
+    except BaseException:
+        if old.exists() and not path.exists():
+            os.rename(old, path)
+        raise
+
+
+def _cannot_write(path: Path, error: OSError) -> OutputError:
+    at = f" ('{error.filename}')" if error.filename else ""
+    return OutputError(f"cannot write '{path}': {error.strerror or error}{at}")
+
+
+@contextmanager
+def scratch_folder(parent: Path, name: str) -> Iterator[Path]:
+    """A folder `.<name>.<random>.part` in `parent` that is gone after the block, also when the command is stopped.
+
+    After a run that was killed a later one recognises it (remove_abandoned).
+    """
+    stack = ExitStack()
+    try:
+        with uninterrupted():
+            folder = Path(tempfile.mkdtemp(prefix=f".{name}.", suffix=_STAGE_SUFFIX, dir=parent))
+            stack.enter_context(unfinished(folder))
+            stack.callback(shutil.rmtree, folder, ignore_errors=True)
+            lock = _lock(folder)
+            if lock is not None:
+                stack.callback(os.close, lock)
+        yield folder
     finally:
-        shutil.rmtree(stage, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)
+        with uninterrupted():
+            stack.close()
+
+
+@contextmanager
+def own_temporary_folder() -> Iterator[None]:
+    """Temporary files of libraries and of the programs they start go into one folder, which goes with the block."""
+    try:
+        system, variable = tempfile.gettempdir(), os.environ.get("TMPDIR")
+    except FileNotFoundError:
+        # No folder for temporary files: whoever needs one says so.
+        yield
+        return
+    remove_abandoned(Path(system, _TEMPORARY_NAME))
+    with scratch_folder(Path(system), _TEMPORARY_NAME) as folder:
+        tempfile.tempdir = os.environ["TMPDIR"] = str(folder)
+        try:
+            yield
+        finally:
+            tempfile.tempdir = system
+            if variable is None:
+                del os.environ["TMPDIR"]
+            else:
+                os.environ["TMPDIR"] = variable
 
 
 def _lock(folder: Path) -> int | None:
@@ -90,8 +169,9 @@ def _lock(folder: Path) -> int | None:
     return descriptor
 
 
-def _remove_abandoned(path: Path) -> None:
-    """Remove the unfinished outputs of runs that were killed: nobody holds their folders."""
+def remove_abandoned(path: Path) -> list[str]:
+    """Remove the unfinished outputs of runs that were killed: nobody holds their folders. A sentence for each."""
+    said = []
     for stage in path.parent.glob(f".{glob.escape(path.name)}.*{_STAGE_SUFFIX}"):
         try:
             is_new = time.time() - stage.stat().st_mtime < _NEW_S
@@ -100,46 +180,18 @@ def _remove_abandoned(path: Path) -> None:
         # A new one may be about to be locked.
         lock = None if is_new or not stage.is_dir() else _lock(stage)
         if lock is not None:
-            # A run that was killed between its two renames: what the folder held is whole here, and only here.
-            if not (stage / _OLD).exists():
+            if (stage / _OLD).exists():
+                # Killed between its two renames: what the folder held is whole here, and only here.
+                said.append(f"'{stage / _OLD}' is a folder that a killed run was about to replace; put it back")
+            else:
+                nbytes = sum(file.lstat().st_size for file in stage.rglob("*") if file.is_file())
                 shutil.rmtree(stage, ignore_errors=True)
+                said.append(f"removed '{stage}', {nbytes / 2**20:.1f} MiB that a killed run left unfinished")
             os.close(lock)
+    return said
 
 
 def write_text(path: Path, text: str) -> None:
     """Write a text file atomically."""
     with staged_outputs(path) as stage:
         (stage / path.name).write_text(text, encoding="utf-8")
-
-
-@contextmanager
-def staged_folder(path: Path, *, beside: Path, needed_bytes: int = 0) -> Iterator[Path]:
-    """An empty folder that becomes `path` when the block ends well, and else is removed.
-
-    `beside` is where it is made: a folder on the file system of `path`. An older folder at `path` is whole until the
-    block has ended, and then goes. Raises OutputError, before the block, when `beside` cannot be written or the disk
-    has no room for `needed_bytes`.
-    """
-    _check_folder(path, beside)
-    check_space(beside / path.name, needed_bytes)
-    stage = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=_STAGE_SUFFIX, dir=beside))
-    lock = _lock(stage)
-    made, old = stage / "new", stage / _OLD
-    try:
-        made.mkdir()
-        yield made
-        try:
-            if path.exists():
-                os.rename(path, old)
-            os.rename(made, path)
-        except BaseException:
-            if old.exists() and not path.exists():
-                os.rename(old, path)
-            raise
-    except OSError as error:
-        at = f" ('{error.filename}')" if error.filename else ""
-        raise OutputError(f"cannot write '{path}': {error.strerror or error}{at}") from error
-    finally:
-        shutil.rmtree(stage, ignore_errors=True)
-        if lock is not None:
-            os.close(lock)

@@ -9,7 +9,7 @@ from typing import Literal
 
 from t3compile.errors import ModelFileError
 from t3compile.export.assemble_ptx import ARCHITECTURES
-from t3compile.export.kernel_set import KernelSet, Progress, build_kernel_set, check_folder
+from t3compile.export.kernel_set import KernelSet, build_kernel_set, check_folder
 from t3compile.export.kernel_sources import (
     GivenNumbers,
     KernelSource,
@@ -23,10 +23,7 @@ from t3compile.pipeline import load_program
 from t3compile.plan import Plan
 from t3compile.presets import PRESETS, preset_named
 from t3compile.program import Program
-
-
-def _silent(_: str) -> None:
-    pass
+from t3compile.progress import SILENT, Progress
 
 
 def build_kernels(
@@ -39,7 +36,7 @@ def build_kernels(
     head_dim: int | None = None,
     architectures: Sequence[int] | None = None,
     assemble: bool = True,
-    progress: Progress = _silent,
+    progress: Progress = SILENT,
 ) -> KernelSet:
     """Compile the window attention kernels of a source to PTX, without a GPU, and write the folder ``output``.
 

@@ -16,7 +16,12 @@ aten = torch.ops.aten
 
 def graph_macs(graph: fx.Graph) -> int:
     """MACs of a whole graph, attention and window attention included."""
-    return sum(node_macs(node) + _attention_macs(node) for node in graph.nodes)
+    return sum(map(call_macs, graph.nodes))
+
+
+def call_macs(node: fx.Node) -> int:
+    """MACs of any call, attention and window attention included."""
+    return node_macs(node) + _attention_macs(node)
 
 
 def node_macs(node: fx.Node) -> int:

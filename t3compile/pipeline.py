@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Mapping, Sequence, Set
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -43,6 +43,7 @@ from t3compile.plan import Plan, SitePlan
 from t3compile.probing import SiteProbe
 from t3compile.probing import probe as probe_layouts
 from t3compile.program import Program
+from t3compile.progress import SILENT, Progress
 from t3compile.sites import GridAxis, SiteSurvey
 from t3compile.tracing import trace as trace_as_spelled
 from t3compile.verification import (
@@ -53,6 +54,10 @@ from t3compile.verification import (
     check_pattern,
     check_rewritten,
     check_weights,
+    compared_bytes,
+    identity_work,
+    pattern_work,
+    rewritten_work,
 )
 from t3compile.weights import Weights
 
@@ -65,8 +70,6 @@ DIRECT_MACS = 5 * 10**10
 # ... unless there is none: a saved graph has one size, and is worth a longer check.
 SAVED_DIRECT_MACS = 5 * 10**11
 SMALL_GRID = TokenGrid(3, 6, 7)
-
-Progress = Callable[[str], None]
 
 ONNX_LEGALIZATION: tuple[GraphPass, ...] = (
     SpellFlexAttention(),  # first: its masks may be constants to fold
@@ -85,10 +88,6 @@ ONNX_LEGALIZATION: tuple[GraphPass, ...] = (
     SettleStrides(),  # after all that makes views; the exporter's own trace may give other strides
     LegalizeWindowAttention(),  # last: nothing below knows the symbolic node
 )
-
-
-def _silent(_: str) -> None:
-    """No progress is shown."""
 
 
 def trace(
@@ -144,7 +143,7 @@ def verify(
     *,
     probe: bool = False,
     thorough: bool = False,
-    progress: Progress = _silent,
+    progress: Progress = SILENT,
 ) -> VerifyReport:
     """Prove that ``rewritten`` is ``program`` under ``plan``.
 
@@ -155,33 +154,65 @@ def verify(
     """
     survey = detect_for(program, plan)
     grid_text = _grids_text(survey)
-    checks: list[Check] = []
     not_run: list[str] = []
+    case: _Case | None = None
     if graph_macs(program.graph) <= (SAVED_DIRECT_MACS if program.retrace is None else DIRECT_MACS):
-        checks += _check_programs(program, rewritten, plan, progress)
+        case = _Case(program, survey, plan, rewritten)
     else:
+        progress("retracing on a small grid")
         small = _small_case(program, survey, plan, None if thorough else SAVED_DIRECT_MACS)
         if isinstance(small, str):
             not_run.append(f"whole-model checks: {small}")
         else:
-            checks += _check_programs(small.program, small.rewritten, small.plan, progress)
+            case = small
             grid_text = f"{_grids_text(small.survey)} (small grid for the model), {grid_text} (patterns)"
     # On a small grid nothing has looked at the rewritten program yet, and example inputs may be all zero.
     progress("graph and weights")
     is_portable = not any(node.target is WINDOW_ATTENTION for node in rewritten.graph.nodes)
-    checks += [
-        check_graph(rewrite(program, plan, portable=is_portable), rewritten),
-        check_weights(program, rewritten),
-    ]
-    masked = {site.node for site in survey.found if site.masked}
-    for site in _distinct_patterns(plan, masked):
-        progress(f"pattern {site.pattern} on {site.grid}")
-        checks.append(check_pattern(site, masked=site.node in masked))
+    checks = [check_graph(rewrite(program, plan, portable=is_portable), rewritten)]
+    with progress.measure(compared_bytes(program, rewritten), "bytes") as advance:
+        checks.append(check_weights(program, rewritten, advance))
+    checks = _check_by_running(case, checks, survey, plan, progress)
     if probe:
         layouts = probe_layouts(program, survey, progress=progress)
         checks += [_layout_check(site) for site in layouts.sites if site.verdict != "inconclusive"]
         not_run += [f"layout of '{site.node}': {site.detail}" for site in layouts.having("inconclusive")]
     return VerifyReport(grid_text, tuple(checks), tuple(not_run))
+
+
+@dataclass(frozen=True)
+class _Case:
+    program: Program
+    survey: SiteSurvey
+    plan: Plan
+    rewritten: Program
+
+
+def _check_by_running(
+    case: _Case | None, static: Sequence[Check], survey: SiteSurvey, plan: Plan, progress: Progress
+) -> list[Check]:
+    """The checks that compute, as one piece of work, around those that only compare: model, ``static``, patterns."""
+    masked = {site.node for site in survey.found if site.masked}
+    patterns = _distinct_patterns(plan, masked)
+    work = sum(map(pattern_work, patterns))
+    identity = None
+    if case is not None:
+        identity = rewrite(case.program, case.plan.with_pattern(WindowPattern(Splits(1, 1, 1))))
+        work += identity_work(case.program, identity) + rewritten_work(case.program, case.rewritten, case.plan)
+    checks: list[Check] = []
+    with progress.measure(work, "MACs") as advance:
+        if case is not None and identity is not None:
+            inputs = named_inputs(case.program)
+            progress("identity: splits (1,1,1)")
+            checks.append(check_identity(case.program, identity, inputs, advance))
+            progress("sites and whole model")
+            checks += check_rewritten(case.program, case.rewritten, case.plan, inputs, advance)
+        checks += static
+        for site in patterns:
+            progress(f"pattern {site.pattern} on {site.grid}")
+            checks.append(check_pattern(site, masked=site.node in masked))
+            advance(pattern_work(site))
+    return checks
 
 
 def _layout_check(site: SiteProbe) -> Check:
@@ -194,24 +225,7 @@ def _grids_text(survey: SiteSurvey) -> str:
     return ", ".join(map(str, survey.grids)) or "no grid"
 
 
-def _check_programs(program: Program, rewritten: Program, plan: Plan, progress: Progress) -> list[Check]:
-    inputs = named_inputs(program)
-    progress("identity: splits (1,1,1)")
-    identity = rewrite(program, plan.with_pattern(WindowPattern(Splits(1, 1, 1))))
-    checks = [check_identity(program, identity, inputs)]
-    progress("sites and whole model")
-    return checks + check_rewritten(program, rewritten, plan, inputs)
-
-
-@dataclass(frozen=True)
-class _SmallCase:
-    program: Program
-    survey: SiteSurvey
-    plan: Plan
-    rewritten: Program
-
-
-def _small_case(program: Program, survey: SiteSurvey, plan: Plan, most_macs: int | None) -> _SmallCase | str:
+def _small_case(program: Program, survey: SiteSurvey, plan: Plan, most_macs: int | None) -> _Case | str:
     """The same model retraced on a small grid with its patterns scaled down, or why that cannot or shall not be."""
     if program.retrace is None:
         macs = graph_macs(program.graph) / 1e12
@@ -242,7 +256,7 @@ def _small_case(program: Program, survey: SiteSurvey, plan: Plan, most_macs: int
         for site, small_site in zip(survey.found, small_survey.found, strict=True)
     )
     small_plan = Plan(small.fingerprint(), plan.schedule, sites)
-    return _SmallCase(small, small_survey, small_plan, rewrite(small, small_plan))
+    return _Case(small, small_survey, small_plan, rewrite(small, small_plan))
 
 
 def _linear_macs(program: Program) -> int:
@@ -320,7 +334,7 @@ def export_onnx(
     inline: bool = False,
     share_weights: bool = False,
     check: bool | None = None,
-    progress: Progress = _silent,
+    progress: Progress = SILENT,
 ) -> Path:
     """Write an ONNX file (opset 23) and its external data; see export_onnx_report."""
     report = export_onnx_report(
@@ -349,7 +363,7 @@ def export_onnx_report(
     inline: bool = False,
     share_weights: bool = False,
     check: bool | None = None,
-    progress: Progress = _silent,
+    progress: Progress = SILENT,
 ) -> ExportReport:
     """Legalize, write and check an ONNX file; the program may be rewritten or not.
 
@@ -367,10 +381,10 @@ def export_onnx_report(
     legal = program = in_precision(program, precision)
     program.require_weights()
     check_space(path, needed_bytes(program, path, share=share_weights))
+    progress("legalizing for ONNX")
     for legalize in ONNX_LEGALIZATION:
         legal = legalize(legal).program
-    progress(f"writing {path.name}")
-    written = write_onnx(legal, path, form=form, inline=inline, share=share_weights)
+    written = write_onnx(legal, path, form=form, inline=inline, share=share_weights, progress=progress)
     notes = _block_list_notes(program) + _large_tensor_notes(legal) + written.storage.notes()
     report = ExportReport(str(path), written.functions, None, "switched off", notes, written.storage)
     if check is False:
@@ -381,7 +395,7 @@ def export_onnx_report(
 
     progress("comparing onnxruntime with torch")
     try:
-        comparison = compare_onnx(path, program, named_inputs(program))
+        comparison = compare_onnx(path, program, named_inputs(program), progress)
     except MissingKernelError as error:
         if check:
             raise

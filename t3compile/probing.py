@@ -23,6 +23,7 @@ from t3compile.geometry import AXES, TokenGrid
 from t3compile.inputs import named_inputs
 from t3compile.ops import WINDOW_ATTENTION
 from t3compile.program import Program
+from t3compile.progress import SILENT, Progress
 from t3compile.sites import AttentionSite, GridAxis, SiteSurvey
 
 Verdict = Literal["confirmed", "contradicted", "inconclusive"]
@@ -30,7 +31,6 @@ Side = Literal["queries", "keys"]
 Cell = tuple[int, int, int]
 # Input name, axis, first and one past the last position that belong to one cell.
 _Patch = tuple[str, tuple[tuple[int, int, int], ...]]
-_Progress = Callable[[str], None]
 
 _ATTENTION = torch.ops.aten.scaled_dot_product_attention.default
 # Queries and keys of all sites are held while one patch is changed after the other; beyond this, of a site per stack.
@@ -102,7 +102,7 @@ def probe(
     survey: SiteSurvey,
     *,
     sites: Sequence[str] | None = None,
-    progress: _Progress = lambda _: None,
+    progress: Progress = SILENT,
 ) -> ProbeReport:
     """Check the layouts of a survey's sites by experiment on the program's example inputs.
 
@@ -202,7 +202,7 @@ class _Move:
 
 
 def _probe_group(
-    program: Program, inputs: Mapping[str, Tensor], sites: Sequence[AttentionSite], progress: _Progress
+    program: Program, inputs: Mapping[str, Tensor], sites: Sequence[AttentionSite], progress: Progress
 ) -> dict[str, SiteProbe]:
     """Probes of sites with one grid made of the same inputs."""
     first = sites[0]

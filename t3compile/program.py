@@ -25,6 +25,7 @@ from t3compile.errors import TraceError, WeightsError, first_line
 from t3compile.files import check_space, check_writable, staged_outputs
 from t3compile.mapped_files import Extent
 from t3compile.plan import Plan
+from t3compile.progress import SILENT, Progress
 from t3compile.weight_references import is_safetensors_file, refer
 from t3compile.weights import TensorWeights, Weights
 
@@ -115,7 +116,7 @@ class Program:
         check_writable(Path(path))
         check_space(Path(path), self._stored_bytes(self._extents_for(external)))
 
-    def save(self, path: str | Path, *, external: bool = False) -> Path:
+    def save(self, path: str | Path, *, external: bool = False, progress: Progress = SILENT) -> Path:
         """Write a torch.export ``.pt2`` (with the plan inside, if rewritten), beside first, then renamed.
 
         No more than one weight is held at a time. ``external``: weights that lie in safetensors files as they are stay
@@ -124,12 +125,15 @@ class Program:
         path = Path(path)
         extra = {} if self.plan is None else {PLAN_ENTRY: self.plan.dumps()}
         extents = self._extents_for(external)
-        with staged_outputs(path, needed_bytes=self._stored_bytes(extents)) as stage, quiet_torch():
+        stored = self._stored_bytes(extents)
+        progress(f"writing {path}")
+        with staged_outputs(path, needed_bytes=stored) as stage, quiet_torch():
             target = stage / path.name
             if all(map(is_plain, self.exported.state_dict.values())):
                 forms = copy_exported(self.exported, state_dict=without_values(self.exported.state_dict))
                 references = refer(extents, path.parent) if external else None
-                write_archive(target, forms, self.weights, extra, references)
+                with progress.measure(stored, "bytes") as advance:
+                    write_archive(target, forms, self.weights, extra, references, advance)
             else:
                 # torch.export.save insists on the suffix; the staged name must be the final one.
                 suffixed = stage / f"{path.name}.pt2"

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 import sys
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 from t3compile.cost import Cost
 from t3compile.geometry import FRAME_MAJOR, TokenGrid
 from t3compile.plan import Plan
+from t3compile.progress import Advance, Measured, Progress, Unit
 from t3compile.sites import AttentionSite, SiteSurvey
 
 if TYPE_CHECKING:  # both import torch, and `doctor` must report where torch cannot be imported
@@ -19,7 +22,8 @@ if TYPE_CHECKING:  # both import torch, and `doctor` must report where torch can
     from t3compile.verification import VerifyReport
 
 if TYPE_CHECKING:
-    from rich.progress import Progress
+    from rich.progress import Progress as RichProgress
+    from rich.progress import Task
 
     from t3compile.export.kernel_set import KernelSet
 
@@ -61,62 +65,119 @@ def show_table(title: str, columns: Sequence[str], rows: Sequence[Sequence[str]]
         print("  " + "  ".join(cells).rstrip())
 
 
-@contextmanager
-def progress() -> Iterator[Callable[[str], None]]:
-    """A callable that shows the current step: a moving bar and the time on a terminal, lines on stderr elsewhere."""
-    if not sys.stderr.isatty():
-        yield lambda step: say(f"... {step}")
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
-
-    columns = (BarColumn(bar_width=20), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        task = bar.add_task("starting", total=None)
-        yield lambda step: bar.update(task, description=step)
+# Where there is no terminal, a log is not filled faster.
+_LINES_EVERY_S = 10.0
 
 
-class _PhaseLines:
-    """Steps and the outer two levels of phases as lines."""
+class _Lines(Progress):
+    """Steps and the outer two levels of phases as lines; within a long step, how far it is."""
 
     def __init__(self) -> None:
-        self._last = ""
+        self._measured: Measured | None = None
+        self._phase = ""
 
     def __call__(self, step: str) -> None:
-        say(f"... {step}")
+        left = "" if self._measured is None else left_text(self._measured)
+        say(f"... {step}{left and f' ({left})'}")
+        self._said = time.monotonic()
+
+    @contextmanager
+    def measure(self, total: float, unit: Unit) -> Iterator[Advance]:
+        measured = self._measured = Measured(total)
+        self._said = time.monotonic()
+
+        def advance(amount: float) -> None:
+            measured.advance(amount)
+            if time.monotonic() - self._said >= _LINES_EVERY_S:
+                say(f"... {done_text(measured, unit)}")
+                self._said = time.monotonic()
+
+        try:
+            yield advance
+        finally:
+            self._measured = None
 
     def phase(self, name: str, depth: int, done: float) -> None:
-        if depth < 2 and name != self._last:
-            self._last = name
+        if depth < 2 and name != self._phase:
+            self._phase = name
             say(f"... {name} ({done:.0%})")
 
 
-class _PhaseBar:
-    """Steps as sentences beside a bar, which shows how much of a build's outermost phase is done."""
+class _Bar(Progress):
+    """The step beside a bar, which shows how much of measured work or of a build's outermost phase is done."""
 
-    def __init__(self, bar: Progress) -> None:
+    def __init__(self, bar: RichProgress) -> None:
         self._bar = bar
-        self._task = bar.add_task("starting", total=None)
+        self._task = bar.add_task("starting", total=None, measured=None, unit="")
+        self._is_measuring = False
 
     def __call__(self, step: str) -> None:
-        self._bar.update(self._task, description=step, total=None)
+        # A phase's fraction ends with its step, measured work goes on.
+        known = {} if self._is_measuring else {"total": None}
+        self._bar.update(self._task, description=step, **known)
+
+    @contextmanager
+    def measure(self, total: float, unit: Unit) -> Iterator[Advance]:
+        measured = Measured(total)
+        self._is_measuring = True
+        self._bar.update(self._task, total=1.0, completed=0.0, measured=measured, unit=unit)
+
+        def advance(amount: float) -> None:
+            measured.advance(amount)
+            self._bar.update(self._task, completed=measured.fraction)
+
+        try:
+            yield advance
+        finally:
+            self._is_measuring = False
+            self._bar.update(self._task, total=None, measured=None)
 
     def phase(self, name: str, depth: int, done: float) -> None:
         self._bar.update(self._task, description=name, completed=done, total=1.0)
 
 
 @contextmanager
-def build_progress() -> Iterator[_PhaseLines | _PhaseBar]:
-    """A BuildProgress: a bar with the current phase on a terminal, lines on stderr elsewhere."""
+def progress() -> Iterator[Progress]:
+    """Shows steps and time left on stderr: a moving bar on a terminal, lines elsewhere."""
     if not sys.stderr.isatty():
-        yield _PhaseLines()
+        yield _Lines()
         return
     from rich.console import Console
-    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+    from rich.progress import BarColumn, ProgressColumn, TextColumn, TimeElapsedColumn
+    from rich.progress import Progress as RichProgress
+    from rich.text import Text
 
-    columns = (BarColumn(bar_width=20), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
-        yield _PhaseBar(bar)
+    class Left(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            measured = task.fields["measured"]
+            return Text("" if measured is None else done_text(measured, task.fields["unit"]))
+
+    columns = (BarColumn(bar_width=20), TimeElapsedColumn(), TextColumn("{task.description}"), Left())
+    with RichProgress(*columns, console=Console(stderr=True), transient=True) as bar:
+        yield _Bar(bar)
+
+
+def done_text(measured: Measured, unit: Unit) -> str:
+    """How much of measured work is done, and the time left once there is a rate."""
+    text = f"{measured.fraction:.0%}"
+    if unit == "bytes":
+        text += f" of {size_bytes(measured.total)}"
+    left = left_text(measured)
+    return f"{text}, {left}" if left else text
+
+
+def left_text(measured: Measured) -> str:
+    """'about 1 min 20 s left'; empty while there is no rate."""
+    left = measured.left_s()
+    if left is None:
+        return ""
+    seconds = math.ceil(left)
+    # As exact as a rate foretells.
+    if seconds >= 120:
+        seconds = 10 * math.ceil(seconds / 10)
+    hours, minutes = divmod(seconds // 60, 60)
+    parts = [(hours, "h"), (minutes, "min"), (0 if hours else seconds % 60, "s")]
+    return f"about {' '.join(f'{value} {name}' for value, name in parts if value) or '0 s'} left"
 
 
 def count(value: float) -> str:

@@ -10,15 +10,17 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, fx
 
+from t3compile.cost import joint_pairs
 from t3compile.errors import PlanError
-from t3compile.execute import CallHook, execute
+from t3compile.execute import WIDE_WORK, CallHook, call_work, execute, run_work
 from t3compile.geometry import FRAME_MAJOR
 from t3compile.mapped_files import Extent
 from t3compile.ops import WINDOW_ATTENTION, WindowAttentionArgs, WindowAttentionCall
@@ -30,12 +32,15 @@ from t3compile.ops.reference import (
 )
 from t3compile.plan import Plan, SitePlan
 from t3compile.program import Program
+from t3compile.progress import Advance, unmeasured
 from t3compile.weights import TensorWeights, Weights
 
 CheckKind = Literal["identity", "site", "model", "pattern", "graph", "weights", "onnx", "aoti", "layout"]
 _FACTOR = 2.0
 # Errors beyond this share of the reference are no rounding: even where plain PyTorch has them, something is wrong.
 _MEANINGLESS = 0.1
+# The sampled queries and the head dim of a pattern's check.
+PATTERN_ROWS, PATTERN_DEPTH = 64, 8
 _PLAIN: tuple[MaskedAttention, ...] = (masked_attention, masked_sdpa)
 
 
@@ -111,9 +116,11 @@ def derived_check(kind: CheckKind, name: str, ours: Tensor, plain: Sequence[Tens
     return Check(kind, name, _error(ours, reference), allowed_error(plain_error, rounding, magnitude), magnitude)
 
 
-def check_identity(program: Program, identity: Program, inputs: Mapping[str, Tensor]) -> Check:
+def check_identity(
+    program: Program, identity: Program, inputs: Mapping[str, Tensor], advance: Advance = unmeasured
+) -> Check:
     """``identity`` is the program rewritten with splits (1,1,1): its outputs must be the same bits."""
-    before, after = execute(program, inputs), execute(identity, inputs)
+    before, after = (execute(one, inputs, advance=advance) for one in (program, identity))
     error = worst(*(_error(a, b) for a, b in zip(after, before, strict=True)))
     magnitude = max((_largest(x) for x in before), default=0.0)
     return Check("identity", "splits (1,1,1) against the original", error, 0.0, magnitude)
@@ -133,8 +140,8 @@ def _interface(program: Program) -> list[tuple[object, ...]]:
     return [(spec.kind, spec.target) for spec in (*signature.input_specs, *signature.output_specs)]
 
 
-def check_weights(program: Program, rewritten: Program) -> Check:
-    """Weights and constants are the same bits; read one by one."""
+def check_weights(program: Program, rewritten: Program, advance: Advance = unmeasured) -> Check:
+    """Weights and constants are the same bits; read one by one. ``advance`` is told compared_bytes in all."""
     name = "weights and constants against the original's"
     sources = [(_tensor_constants(program), _tensor_constants(rewritten))]
     if rewritten.weights is not program.weights:
@@ -147,12 +154,26 @@ def check_weights(program: Program, rewritten: Program) -> Check:
             if _is_one_place(old.locate(weight), new.locate(weight)):
                 continue
             before, after = old.load(weight).detach(), new.load(weight).detach()
+            advance(before.nbytes)
             magnitude = max(magnitude, _largest(before))
             if before.shape != after.shape or before.dtype != after.dtype:
                 return Check("weights", f"{name}: '{weight}' has another shape or dtype", 1.0, 0.0, magnitude)
             if not torch.equal(before, after):
                 error = worst(error, _error(after, before))
     return Check("weights", name, error, 0.0, magnitude)
+
+
+def compared_bytes(program: Program, rewritten: Program) -> int:
+    """Bytes of one side that check_weights reads."""
+    constants = _tensor_constants(program)
+    read = sum(constants.load(name).nbytes for name in constants.names())
+    if rewritten.weights is program.weights or set(rewritten.weights.names()) != set(program.weights.names()):
+        return read
+    return read + sum(
+        tensor.nbytes
+        for name, tensor in program.exported.state_dict.items()
+        if not _is_one_place(program.weights.locate(name), rewritten.weights.locate(name))
+    )
 
 
 def _is_one_place(before: Extent | None, after: Extent | None) -> bool:
@@ -168,30 +189,86 @@ def _tensor_constants(program: Program) -> Weights:
     return TensorWeights({name: value for name, value in constants.items() if isinstance(value, Tensor)})
 
 
-def check_rewritten(program: Program, rewritten: Program, plan: Plan, inputs: Mapping[str, Tensor]) -> list[Check]:
+def check_rewritten(
+    program: Program, rewritten: Program, plan: Plan, inputs: Mapping[str, Tensor], advance: Advance = unmeasured
+) -> list[Check]:
     """Every rewritten site against its masked reference, then the whole model against the masked original.
 
     ``program`` is the original, ``inputs`` are tensors by placeholder name. A rewritten program lowered to plain
-    aten has no sites to hook; only its outputs are compared.
+    aten has no sites to hook; only its outputs are compared. ``advance`` is told rewritten_work in all.
     """
     checks: list[Check] = []
-    nodes = [node for node in rewritten.graph.nodes if node.target is WINDOW_ATTENTION]
+    nodes = _window_nodes(rewritten)
     if nodes and len(nodes) != len(plan.rewritten):
         raise PlanError(
             f"the rewritten program has {len(nodes)} window attention calls, the plan {len(plan.rewritten)} sites"
         )
     order = {node.name: i for i, node in enumerate(program.graph.nodes)}
     sites = sorted(plan.rewritten, key=lambda site: order.get(site.node, -1))
-    watchers = {node.name: _site_watcher(site, checks) for node, site in zip(nodes, sites, strict=False)}
-    ours = execute(rewritten, inputs, hooks=watchers)
-    written_out = {site.node: _masked_hook(site, masked_attention) for site in plan.rewritten}
-    fused = {site.node: _masked_hook(site, masked_sdpa) for site in plan.rewritten}
-    plain = [execute(program, inputs, hooks=hooks) for hooks in (written_out, fused)]
-    reference = execute(program, inputs, hooks=written_out, float64=True)
+    work = reference_work(program, plan)
+    watchers = {
+        node.name: _site_watcher(site, checks, partial(advance, _watched_work(node, work[site.node])))
+        for node, site in zip(nodes, sites, strict=False)
+    }
+    ours = execute(rewritten, inputs, hooks=watchers, advance=advance)
+
+    def masked(attend: MaskedAttention, factor: int = 1) -> dict[str, CallHook]:
+        return {
+            site.node: _masked_hook(site, attend, partial(advance, factor * work[site.node])) for site in plan.rewritten
+        }
+
+    plain = [
+        execute(program, inputs, hooks=masked(attend), advance=advance) for attend in (masked_attention, masked_sdpa)
+    ]
+    wide = masked(masked_attention, WIDE_WORK)
+    reference = execute(program, inputs, hooks=wide, float64=True, advance=advance)
     for i, value in enumerate(ours):
         plain_values = [outputs[i] for outputs in plain]
         checks.append(derived_check("model", f"output {i}", value, plain_values, reference[i]))
     return checks
+
+
+def _window_nodes(rewritten: Program) -> list[fx.Node]:
+    return [node for node in rewritten.graph.nodes if node.target is WINDOW_ATTENTION]
+
+
+def _watched_work(node: fx.Node, reference: int) -> int:
+    """The call itself, its plain references and the exact one."""
+    return call_work(node) + (len(_PLAIN) + WIDE_WORK) * reference
+
+
+def reference_work(program: Program, plan: Plan) -> dict[str, int]:
+    """MACs of the dense reference of every planned site by its node's name: each branch computes all pairs."""
+    nodes = {node.name: node for node in program.graph.nodes}
+    return {
+        site.node: len(site.pattern.branches) * call_work(nodes[site.node])
+        for site in plan.rewritten
+        if site.pattern is not None and site.node in nodes
+    }
+
+
+def rewritten_work(program: Program, rewritten: Program, plan: Plan) -> int:
+    """What check_rewritten reports in all, in MACs; those in float64 count twice."""
+    work, nodes = reference_work(program, plan), _window_nodes(rewritten)
+    ours = run_work(rewritten, replaced=[node.name for node in nodes])
+    if nodes:
+        ours += sum(map(call_work, nodes)) + (len(_PLAIN) + WIDE_WORK) * sum(work.values())
+    dense = run_work(program, replaced=work) + sum(work.values())
+    return ours + (len(_PLAIN) + WIDE_WORK) * dense
+
+
+def identity_work(program: Program, identity: Program) -> int:
+    """What check_identity reports in all, in MACs."""
+    return run_work(program) + run_work(identity)
+
+
+def pattern_work(site: SitePlan, rows: int = PATTERN_ROWS) -> int:
+    """What check_pattern does, in MACs."""
+    assert site.pattern is not None
+    extra = site.tokens - site.grid.tokens
+    pairs = joint_pairs(site.grid, extra, site.pattern, extra_queries=site.query_tokens - site.grid.tokens)
+    dense = len(site.pattern.branches) * min(rows, site.query_tokens) * site.tokens
+    return 2 * PATTERN_DEPTH * (pairs + (len(_PLAIN) + WIDE_WORK) * dense)
 
 
 def _reference(
@@ -231,7 +308,7 @@ def _exact(
     return _reference(site, [x.double() for x in qkv], wide, scale, rows=rows)
 
 
-def _site_watcher(site: SitePlan, checks: list[Check]) -> CallHook:
+def _site_watcher(site: SitePlan, checks: list[Check], done: Callable[[], None]) -> CallHook:
     """Runs the call as it is and checks it on the very queries, keys and values that reach it."""
 
     def watch(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
@@ -240,22 +317,27 @@ def _site_watcher(site: SitePlan, checks: list[Check]) -> CallHook:
         qkv, mask, scale = call.tensors[:3], call.mask, call.args.scale
         plain = [_reference(site, qkv, mask, scale, attend=attend) for attend in _PLAIN]
         checks.append(derived_check("site", site.node, out, plain, _exact(site, qkv, mask, scale)))
+        done()
         return out
 
     return watch
 
 
-def _masked_hook(site: SitePlan, attend: MaskedAttention) -> CallHook:
+def _masked_hook(site: SitePlan, attend: MaskedAttention, done: Callable[[], None]) -> CallHook:
     """Puts dense attention under the branches' masks in the place of the original call."""
 
     def run(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Tensor:
         mask = args[3] if len(args) > 3 else kwargs.get("attn_mask")
-        return _reference(site, args[:3], mask, kwargs.get("scale"), attend=attend)
+        out = _reference(site, args[:3], mask, kwargs.get("scale"), attend=attend)
+        done()
+        return out
 
     return run
 
 
-def check_pattern(site: SitePlan, *, scale: float | None = None, rows: int = 64, masked: bool = False) -> Check:
+def check_pattern(
+    site: SitePlan, *, scale: float | None = None, rows: int = PATTERN_ROWS, masked: bool = False
+) -> Check:
     """One pattern at its real grid: random q, k, v of one head, ``rows`` sampled queries against the reference.
 
     ``masked``: every second key outside the grid is hidden, as a key-padding mask does.
@@ -272,7 +354,7 @@ def check_pattern(site: SitePlan, *, scale: float | None = None, rows: int = 64,
     )
     generator = torch.Generator().manual_seed(0)
     counts = (site.query_tokens, site.tokens, site.tokens)
-    qkv = [torch.randn(1, 1, tokens, 8, generator=generator) for tokens in counts]
+    qkv = [torch.randn(1, 1, tokens, PATTERN_DEPTH, generator=generator) for tokens in counts]
     picked = torch.randperm(site.query_tokens, generator=generator)[:rows].sort().values
     mask = _every_second_extra_key(site) if masked else None
     given = {} if mask is None else {"mask": mask}

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from t3compile.errors import OutputError
+from t3compile.errors import OutputError, UnfinishedOutputWarning
 from t3compile.files import check_writable, staged_folder, staged_outputs, write_text
 
 
@@ -247,7 +247,10 @@ def test_the_next_folder_clears_what_a_killed_run_left_but_not_what_is_being_mad
         )
         (left,) = tmp_path.iterdir()
         _make_old(left)
-        with staged_folder(path, beside=tmp_path) as made:
+        with (
+            pytest.warns(UnfinishedOutputWarning, match="removed '.*'.* that a killed run left"),
+            staged_folder(path, beside=tmp_path) as made,
+        ):
             (made / "new").write_text("held")
     assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
     assert (path / "new").read_text() == "held"
@@ -267,6 +270,9 @@ def test_a_folder_whose_replacement_was_killed_midway_is_not_lost(tmp_path: Path
     )
     (left,) = tmp_path.iterdir()
     _make_old(left)
-    with staged_folder(path, beside=tmp_path) as made:
+    with (
+        pytest.warns(UnfinishedOutputWarning, match="'.*old' is a folder that a killed run was about to replace"),
+        staged_folder(path, beside=tmp_path) as made,
+    ):
         (made / "new").write_text("new")
     assert [file.read_text() for file in tmp_path.rglob("precious")] == ["precious"]

@@ -411,7 +411,7 @@ def test_a_stopped_build_leaves_nothing(tmp_path: Path) -> None:
             break
     process.send_signal(signal.SIGTERM)
     _, said = process.communicate(timeout=120)
-    assert process.returncode == 130, said
+    assert process.returncode == 143, said
     assert "nothing unfinished was left behind" in said
     assert _files(tmp_path) == []
 

@@ -29,6 +29,7 @@ from t3compile.export.engine_inputs import EngineInput
 from t3compile.export.engine_layers import AttentionNode, check_layers
 from t3compile.export.engine_manifest import EngineManifest, manifest_path, read_manifest
 from t3compile.export.tensorrt_engine import TensorRTEngine
+from t3compile.progress import Progress
 from tests.fake_tensorrt import BUFFERS, Behaviour, FakeMemory, make_tensorrt
 
 VERSION = "10.16.1.11"
@@ -357,7 +358,7 @@ def test_a_report_of_names_alone_finds_nothing() -> None:
 def test_nested_phases_are_fractions_of_their_parents_step() -> None:
     shown: list[tuple[str, int, float]] = []
 
-    class Shown:
+    class Shown(Progress):
         def __call__(self, step: str) -> None:
             raise AssertionError(step)
 

@@ -28,6 +28,7 @@ from t3compile.plan import Plan, make_plan
 from t3compile.program import Program, copy_exported, trace
 from t3compile.verification import Check, VerifyReport, check_identity, check_pattern, derived_check, worst
 from t3compile.weights import TensorWeights
+from tests.recorded import Recorded
 from tests.tiny_models import HandWrittenDiT, tiny_wan
 
 SPLITS = [(3, 1, 1), (1, 2, 2), (2, 1, 3)]
@@ -120,13 +121,13 @@ def test_other_dtypes_pass_with_their_own_rounding(dtype: torch.dtype) -> None:
 
 
 def test_a_large_grid_is_checked_small_and_pattern_by_pattern(large: Case) -> None:
-    steps: list[str] = []
-    report = verify(large.program, large.rewritten, large.plan, progress=steps.append)
+    seen = Recorded()
+    report = verify(large.program, large.rewritten, large.plan, thorough=True, progress=seen)
     assert report.passed
     assert _kinds(report) == ["identity", "site", "site", "model", "graph", "weights", "pattern", "pattern"]
     assert report.not_run == ()
     assert report.grid == "3x6x7 (small grid for the model), 4x7x10 (patterns)"
-    assert steps[-1] == "pattern (1,3,5) on 4x7x10"
+    assert seen.steps[-1] == "pattern (1,3,5) on 4x7x10"
 
 
 def test_a_saved_graph_that_is_too_large_says_what_was_not_run(large: Case, tmp_path: Path) -> None:

@@ -1,6 +1,7 @@
 """The command line: a thin shell over the public functions. Results go to stdout, messages to stderr.
 
-Exit codes: 0 done; 1 a check failed; 2 bad input; 3 done, but attention that might be windowed was left full.
+Exit codes: 0 done; 1 a check failed; 2 bad input; 3 done, but attention that might be windowed was left full;
+130 and 143 stopped by Ctrl-C and SIGTERM.
 """
 
 from __future__ import annotations

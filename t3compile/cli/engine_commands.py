@@ -61,7 +61,7 @@ def build_engine(
     from t3compile.export.tensorrt_api import load_tensorrt_and_device
     from t3compile.files import check_writable
     from t3compile.loading.recognize import recognize
-    from t3compile.report import build_progress, say, show_json
+    from t3compile.report import progress, say, show_json
 
     model, settings = (
         options["model"],
@@ -77,14 +77,14 @@ def build_engine(
     # Before the model is loaded, which may take minutes.
     load_tensorrt_and_device(PURPOSE)
     source = Path(model) if is_onnx else load_model(options)
-    with build_progress() as progress:
+    with progress() as step:
         report = build(
             source,
             output,
             precision=precision,
             attention=attention,
             settings=settings,
-            progress=progress,
+            progress=step,
         )
     if as_json:
         show_json(report.to_json())

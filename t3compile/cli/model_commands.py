@@ -182,8 +182,7 @@ def rewrite(
             report = verify_programs(program, rewritten, chosen, progress=step)
     if report is None or report.passed:
         with progress() as step:
-            step(f"writing {output}")
-            rewritten.save(output, external=external)
+            rewritten.save(output, external=external, progress=step)
         say(f"wrote {output}")
         if external:
             _say_external(rewritten, output)

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import functools
 import re
-import signal
 import sys
+import warnings
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, TypeVar
@@ -13,11 +13,14 @@ from typing import Any, TypeVar
 import click
 from click.core import ParameterSource
 
-from t3compile.errors import T3CompileError
+from t3compile.errors import T3CompileError, UnfinishedOutputWarning
+from t3compile.files import own_temporary_folder
+from t3compile.interruption import Stopped, remove_unfinished, stoppable
 
 CHECK_FAILED = 1
 BAD_INPUT = 2
 LEFT_FULL = 3
+STOPPED_BY_KEYBOARD = 130
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -109,22 +112,29 @@ def refuse_options(names: Iterable[str], source: str) -> None:
 
 
 def shielded(command: Command) -> Command:
-    """Errors of the user are one line and exit code 2; a stopped run cleans up and says so."""
+    """Errors of the user are one line and exit code 2; a stopped run cleans up, says so, and exits as shells expect."""
 
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
-        signal.signal(signal.SIGTERM, _stop)
         try:
-            return command(*args, **kwargs)
+            with stoppable(), own_temporary_folder(), warnings.catch_warnings():
+                warnings.showwarning = _say_leftovers(warnings.showwarning)
+                return command(*args, **kwargs)
         except T3CompileError as error:
             click.echo(f"error: {error}", err=True)
             sys.exit(BAD_INPUT)
-        except KeyboardInterrupt:
-            click.echo("stopped; nothing unfinished was left behind", err=True)
-            sys.exit(130)
+        except KeyboardInterrupt as stop:
+            click.echo(remove_unfinished(), err=True)
+            sys.exit(stop.exit_code if isinstance(stop, Stopped) else STOPPED_BY_KEYBOARD)
 
     return run  # type: ignore[return-value]
 
 
-def _stop(number: int, frame: Any) -> None:
-    raise KeyboardInterrupt
+def _say_leftovers(show: Callable[..., None]) -> Callable[..., None]:
+    def say(message: Warning | str, category: type[Warning], *args: Any, **kwargs: Any) -> None:
+        if issubclass(category, UnfinishedOutputWarning):
+            click.echo(f"note: {message}", err=True)
+        else:
+            show(message, category, *args, **kwargs)
+
+    return say
