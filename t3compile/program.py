@@ -25,7 +25,7 @@ from t3compile.errors import TraceError, WeightsError, first_line
 from t3compile.files import check_space, check_writable, staged_outputs
 from t3compile.mapped_files import Extent
 from t3compile.plan import Plan
-from t3compile.weight_references import is_safetensors_file, refer
+from t3compile.weight_references import refer, whole_tensors
 from t3compile.weights import TensorWeights, Weights
 
 PLAN_ENTRY = "t3compile_plan.json"
@@ -103,11 +103,10 @@ class Program:
             self.weights.load(smallest)
 
     def external_weights(self) -> dict[str, Extent]:
-        """The weights whose very bytes lie in safetensors files, by name."""
-        located = {name: self.weights.locate(name) for name in self.exported.state_dict}
-        files = {extent.file.address: extent.file for extent in located.values() if extent is not None}
-        good = {address for address, file in files.items() if is_safetensors_file(file)}
-        return {name: e for name, e in located.items() if e is not None and e.file.address in good}
+        """The weights whose very bytes are a tensor of a safetensors file, or part of one, by name."""
+        state = self.exported.state_dict
+        located = {name: extent for name in state if (extent := self.weights.locate(name)) is not None}
+        return whole_tensors(located, {name: state[name].dtype for name in located})
 
     def check_savable(self, path: str | Path, *, external: bool = False) -> None:
         """Raise, before any work, what ``save`` would raise for missing weights, a bad path or too little room."""

@@ -18,6 +18,7 @@ from torch import nn
 from t3compile.archive import REFERENCES_ENTRY
 from t3compile.cli import main
 from t3compile.errors import ModelFileError, T3CompileError, WeightsError
+from t3compile.mapped_files import map_safetensors, sample_fingerprint
 from t3compile.pipeline import load_program
 from t3compile.program import trace
 from tests.sharded import SIZE, shard, write_folder
@@ -216,6 +217,30 @@ def _table(path: Path, name: str, place: Any) -> None:
 def test_places_outside_the_file_are_refused(copied: Path, place: Any, text: str, error: type[T3CompileError]) -> None:
     _table(copied / "beside.pt2", "proj_out.bias", place)
     _refused(copied / "beside.pt2", text, error)
+
+
+@pytest.mark.parametrize("place", ["header", "between tensors", "another dtype"])
+def test_only_a_tensor_of_the_file_is_read(copied: Path, place: str) -> None:
+    """Not its header, not two halves of neighbours, and not one tensor's bytes as numbers of another kind."""
+    name = "proj_out.bias"
+    number, begin = _references(copied / "beside.pt2")["tensors"][name]
+    if place == "another dtype":
+        path = shard(copied / "wan", number + 1)
+        path.write_bytes(path.read_bytes().replace(b'"F32"', b'"I32"'))
+        _change(copied / "beside.pt2", lambda content: content["files"][number].update(sha256=sample_fingerprint(path)))
+    else:
+        _table(copied / "beside.pt2", name, [number, 0 if place == "header" else begin - 4])
+    _refused(copied / "beside.pt2", "refers to bytes of .* for '.*' that are no torch.float32 tensor of it")
+
+
+@pytest.mark.parametrize("header", [b"[1,  2]", b"[" * 2_000 + b"]" * 2_000, b'{"x": {"data_offsets": 3}}', b"{{{{"])
+def test_a_header_that_is_no_table_is_one_error(copied: Path, header: bytes) -> None:
+    path = shard(copied / "wan", 2)
+    padding = bytes(path.stat().st_size - 8 - len(header))
+    path.write_bytes(len(header).to_bytes(8, "little") + header + padding)
+    _refused(copied / "beside.pt2", f"{path.name}.*(copy it again|has changed)")
+    with pytest.raises(WeightsError, match="cannot read"):
+        map_safetensors([path])
 
 
 def test_a_weight_that_the_table_lacks_is_refused(copied: Path) -> None:
