@@ -359,13 +359,14 @@ def export_onnx_report(
     the safetensors files that the weights come from, where they hold the very bytes, instead of writing them again.
     ``check`` compares with torch in onnxruntime; None does so unless the model is too large to run here in a minute.
     """
-    from t3compile.export.store_weights import needed_bytes
+    from t3compile.export.store_weights import check_sources_stay, needed_bytes
     from t3compile.export.write_onnx import write_onnx
 
     path = Path(path)
     check_writable(path)
     legal = program = in_precision(program, precision)
     program.require_weights()
+    check_sources_stay(program, path, share=share_weights)
     check_space(path, needed_bytes(program, path, share=share_weights))
     for legalize in ONNX_LEGALIZATION:
         legal = legalize(legal).program
