@@ -14,6 +14,8 @@ from pathlib import Path
 from t3compile.errors import OutputError
 
 _STAGE_SUFFIX = ".part"
+# Characters that tempfile makes a name of.
+_RANDOM = 8
 # Where a replaced folder waits until the new one is in its place.
 _OLD = "old"
 _NEW_S = 5.0
@@ -92,7 +94,7 @@ def _lock(folder: Path) -> int | None:
 
 def _remove_abandoned(path: Path) -> None:
     """Remove the unfinished outputs of runs that were killed: nobody holds their folders."""
-    for stage in path.parent.glob(f".{glob.escape(path.name)}.*{_STAGE_SUFFIX}"):
+    for stage in path.parent.glob(f".{glob.escape(path.name)}.{'?' * _RANDOM}{_STAGE_SUFFIX}"):
         try:
             is_new = time.time() - stage.stat().st_mtime < _NEW_S
         except OSError:

@@ -449,14 +449,22 @@ def _require_float32(program: Program) -> None:
             )
 
 
-def load_engine(path: str | Path, runtime: str = "auto", *, trust_code: bool = False, **options: Any) -> Engine:
+def load_engine(
+    path: str | Path,
+    runtime: str = "auto",
+    *,
+    trust_code: bool = False,
+    weights: Sequence[str | Path] | None = None,
+    **options: Any,
+) -> Engine:
     """A callable from an exported file: ONNX, ``.pt2``, AOTInductor package or TensorRT engine, told by content.
 
     ``runtime`` is "auto", "onnxruntime" (the best provider that starts), "onnxruntime-cpu", "-cuda", "-tensorrt",
     "torch", "aoti" or "tensorrt"; the engine's ``runtime`` says what was chosen and its ``notes`` why. An AOTInductor
-    package is compiled code and needs ``trust_code``; ``options`` are those of the runtime's engine class. Calls take
+    package is compiled code and needs ``trust_code``; ``weights`` are the folders or files that a ``.pt2`` refers to;
+    ``options`` are those of the runtime's engine class. Calls take
     tensors or arrays by position or by input name; InputsError names the input, what came and what is expected.
     """
     from t3compile.export.runtimes import load
 
-    return load(Path(path), runtime, trust_code=trust_code, **options)
+    return load(Path(path), runtime, trust_code=trust_code, weights=[Path(file) for file in weights or ()], **options)

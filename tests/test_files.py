@@ -228,6 +228,16 @@ def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path: Path) -> None:
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
 
 
+def test_a_folder_of_another_name_is_not_taken_for_what_was_left(tmp_path: Path) -> None:
+    """Others name what they download like this."""
+    for name in (".model.pt2.part", ".model.mp4.1.part", ".model.onnx.data.part"):
+        (tmp_path / name).mkdir()
+        _make_old(tmp_path / name)
+    write_text(tmp_path / "model", "done")
+    write_text(tmp_path / "model.pt2", "done")
+    assert len(list(tmp_path.glob(".*.part"))) == 3
+
+
 @pytest.mark.parametrize("is_held", [True, False])
 def test_the_next_folder_clears_what_a_killed_run_left_but_not_what_is_being_made(
     tmp_path: Path, is_held: bool
