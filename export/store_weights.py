@@ -20,6 +20,7 @@ from onnx_ir.tensor_adapters import TorchTensor, to_torch_dtype
 from torch import Tensor
 
 from t3compile.errors import WeightsError
+from t3compile.files import trial_folder
 from t3compile.mapped_files import Extent, MappedFile, byte_view
 from t3compile.program import Program
 
@@ -276,18 +277,17 @@ def needed_bytes(program: Program, path: Path, *, share: bool) -> int:
     """Bytes that an export will write to the disk of ``path``, as far as known before it."""
     shared = list(program.external_weights().values()) if share else []
     files = {extent.file.address: extent.file for extent in shared}
-    copied = sum(file.nbytes for file in files.values() if not _can_link(file.path.resolve(), path.parent.resolve()))
+    copied = sum(file.nbytes for file in files.values() if not _can_link(file.path.resolve(), path))
     return program.weight_bytes - sum(extent.nbytes for extent in shared) + copied
 
 
-def _can_link(source: Path, folder: Path) -> bool:
-    """Whether a file is in the folder or can be linked there: tried, since links across mounts may be forbidden."""
-    if source.is_relative_to(folder):
+def _can_link(source: Path, path: Path) -> bool:
+    """Whether a file is in the folder of ``path`` or can be linked there: tried, mounts may forbid it."""
+    if source.is_relative_to(path.parent.resolve()):
         return True
-    trial = folder / f".{source.name}.{os.getpid()}.link"
-    try:
-        os.link(source, trial)
-    except OSError:
-        return False
-    trial.unlink()
+    with trial_folder(path) as folder:
+        try:
+            os.link(source, folder / "link")
+        except OSError:
+            return False
     return True

@@ -65,8 +65,13 @@ def staged_outputs(path: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
     lock = _lock(stage)
     try:
         yield stage
-        for file in sorted(stage.iterdir(), key=lambda file: file.name == path.name):
-            os.replace(file, path.parent / file.name)
+        moves = [(file, path.parent / file.name) for file in stage.iterdir()]
+        for _, target in moves:
+            # Before any is moved: all appear or none.
+            if target.is_dir():
+                raise OutputError(f"cannot write '{target}': it is a folder; move it away, or write elsewhere")
+        for file, target in sorted(moves, key=lambda move: move[1].name == path.name):
+            os.replace(file, target)
     except OSError as error:
         at = f" ('{error.filename}')" if error.filename else ""
         raise OutputError(f"cannot write '{path}': {error.strerror or error}{at}") from error
@@ -74,6 +79,13 @@ def staged_outputs(path: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
         shutil.rmtree(stage, ignore_errors=True)
         if lock is not None:
             os.close(lock)
+
+
+@contextmanager
+def trial_folder(path: Path) -> Iterator[Path]:
+    """An empty folder beside `path` that goes with the block, or with the next run where this one is killed."""
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", suffix=_STAGE_SUFFIX, dir=path.parent) as folder:
+        yield Path(folder)
 
 
 def _lock(folder: Path) -> int | None:

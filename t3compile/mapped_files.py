@@ -7,6 +7,7 @@ whole models that are larger than memory; whatever reads one tensor after anothe
 from __future__ import annotations
 
 import bisect
+import errno
 import hashlib
 import json
 import math
@@ -57,16 +58,24 @@ class MappedFile:
 
     @classmethod
     def open(cls, path: Path) -> MappedFile:
-        """Map a file that is not empty; OSError when it cannot be read."""
+        """Map a file that is not empty; OSError when it cannot be read, WeightsError when too many are open."""
         # The working directory may change while it is open.
         path = path.absolute()
-        opened = path.open("rb")
-        pages = mmap.mmap(
-            opened.fileno(),
-            0,
-            flags=mmap.MAP_PRIVATE | _MAP_NORESERVE,
-            prot=mmap.PROT_READ | mmap.PROT_WRITE,
-        )
+        try:
+            opened = path.open("rb")
+            pages = mmap.mmap(
+                opened.fileno(),
+                0,
+                flags=mmap.MAP_PRIVATE | _MAP_NORESERVE,
+                prot=mmap.PROT_READ | mmap.PROT_WRITE,
+            )
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise
+            raise WeightsError(
+                f"cannot map '{path}': too many files are open, and every file of weights takes two; raise the limit, "
+                "with 'ulimit -n' in the shell"
+            ) from None
         address = torch.frombuffer(pages, dtype=torch.uint8).data_ptr()
         return cls(path, len(pages), address, opened, pages)
 
