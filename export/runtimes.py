@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from inspect import signature
@@ -101,11 +101,15 @@ def recognize_file(path: Path) -> FileKind:
     )
 
 
-def load(path: Path, name: str, *, trust_code: bool = False, **options: Any) -> Engine:
+def load(
+    path: Path, name: str, *, trust_code: bool = False, weights: Sequence[Path] | None = None, **options: Any
+) -> Engine:
     """The engine of a file in the named runtime; ``options`` are the engine class's own. See pipeline.load_engine."""
     if name not in RUNTIME_NAMES:
         raise EngineError(f"runtime '{name}' is unknown; known: {', '.join(RUNTIME_NAMES)}")
     runtime = find_runtime(name, recognize_file(path), path)
+    if weights and runtime.kind != "pt2":
+        raise EngineError(f"'{path}' is {KIND_TEXT[runtime.kind]}, to which --weights cannot be applied; leave it out")
     match runtime.kind:
         case "onnx":
             from t3compile.export.onnx_engine import OnnxEngine
@@ -115,7 +119,7 @@ def load(path: Path, name: str, *, trust_code: bool = False, **options: Any) -> 
             from t3compile.export.torch_engine import TorchEngine
             from t3compile.loading import load_program
 
-            return _make(TorchEngine, runtime, options, load_program(path))
+            return _make(TorchEngine, runtime, options, load_program(path, weights=weights))
         case "aoti":
             from t3compile.export.aoti_engine import AotiEngine
 

@@ -31,6 +31,7 @@ _PAGE_BYTES = 4096
 _CHUNK_BYTES = 1 << 24
 _NOT_IN_A_FILE = "converted when read, or in no safetensors file"
 _CHANGED = "made or changed by the exporter"
+_MISALIGNED = "not at a multiple of its element's size"
 
 Sharing = Literal["in place", "hard link", "copy"]
 
@@ -89,6 +90,10 @@ class LazyWeight(ir.LazyTensor):
         shape = form.shape if permutation is None else [form.shape[axis] for axis in permutation]
         super().__init__(self._read, TorchTensor(form).dtype, ir.Shape(list(shape)), name=weight)
 
+    def __repr__(self) -> str:
+        # The base class shows the function, which shows this.
+        return f"{self._repr_base()}(weight={self.weight!r})"
+
     def _read(self) -> ir.TensorProtocol:
         return TorchTensor(self.value(), name=self.name)
 
@@ -125,6 +130,8 @@ def fold_transposes(model: ir.Model, shared: Collection[str] = ()) -> None:
         permutation = tuple(axes.as_ints()) if axes is not None else tuple(reversed(range(len(lazy.shape))))
         folded = lazy.transposed(permutation)
         folded.name = f"{lazy.weight}.transposed"
+        if folded.name in graph.initializers:
+            continue
         made = ir.Value(name=folded.name, type=ir.TensorType(folded.dtype), shape=folded.shape, const_value=folded)
         node.outputs[0].replace_all_uses_with(made)
         graph.remove(node, safe=True)
@@ -153,14 +160,14 @@ def store_weights(
             extent = shared[value]
             _point(value, files[extent.file.address].location, extent.offset, extent.nbytes, path.parent)
     written = [value for value in values if value not in shared]
-    not_shared = {} if extents is None else _reasons(written)
+    not_shared = {} if extents is None else _reasons(written, extents)
     copied = [file for address, file in opened.items() if files[address].how == "copy"]
     total = sum(map(_nbytes, written)) + sum(file.nbytes for file in copied)
     with progress.measure(total, "bytes") as advance:
         for file in copied:
             _copy(file, stage / files[file.address].location, advance)
         if written:
-            location = f"{path.name}.data"
+            location = data_path(path).name
             with (stage / location).open("wb") as data:
                 for value in written:
                     offset = _write(data, value, advance)
@@ -183,14 +190,21 @@ def _nbytes(value: ir.Value) -> int:
 def _shared(values: Iterable[ir.Value], extents: Mapping[str, Extent]) -> Iterable[tuple[ir.Value, Extent]]:
     for value in values:
         lazy = value.const_value
-        if isinstance(lazy, LazyWeight) and lazy.weight in extents and lazy.locate() is not None:
+        if not isinstance(lazy, LazyWeight) or lazy.weight not in extents or lazy.locate() is None:
+            continue
+        # Runtimes use the bytes where they are mapped.
+        if extents[lazy.weight].offset * 8 % lazy.dtype.bitwidth == 0:
             yield value, extents[lazy.weight]
 
 
-def _reasons(values: Iterable[ir.Value]) -> dict[str, int]:
+def _reasons(values: Iterable[ir.Value], extents: Mapping[str, Extent]) -> dict[str, int]:
     reasons: dict[str, int] = {}
     for value in values:
-        reason = _NOT_IN_A_FILE if isinstance(value.const_value, LazyWeight) else _CHANGED
+        lazy = value.const_value
+        if not isinstance(lazy, LazyWeight):
+            reason = _CHANGED
+        else:
+            reason = _MISALIGNED if lazy.weight in extents and lazy.permutation is None else _NOT_IN_A_FILE
         reasons[reason] = reasons.get(reason, 0) + _nbytes(value)
     return reasons
 
@@ -225,17 +239,22 @@ def _write(data: BinaryIO, value: ir.Value, advance: Advance) -> int:
 
 def _share_files(files: list[MappedFile], path: Path, stage: Path) -> list[SharedFile]:
     folder = path.parent.resolve()
+    sources = [file.path.resolve() for file in files]
+    in_place = {source: source.relative_to(folder).as_posix() for source in sources if source.is_relative_to(folder)}
+    # Whatever is written under one of these names would be written into the checkpoint itself, or over it.
+    taken = {path.name, data_path(path).name, *in_place.values()}
     shared = []
-    for file in files:
+    for file, source in zip(files, sources, strict=True):
         if not file.is_in_place():
             raise WeightsError(f"'{file.path}' was changed while it was used; load the model again")
-        source = file.path.resolve()
-        if source.is_relative_to(folder):
-            shared.append(SharedFile(source.relative_to(folder).as_posix(), str(file.path), "in place"))
+        if source in in_place:
+            shared.append(SharedFile(in_place[source], str(file.path), "in place"))
             continue
-        name = f"{path.name}.{file.path.name}"
-        if any(other.location == name for other in shared):
-            name = f"{path.name}.{len(shared)}.{file.path.name}"
+        name, number = f"{path.name}.{file.path.name}", 0
+        while name in taken:
+            number += 1
+            name = f"{path.name}.{number}.{file.path.name}"
+        taken.add(name)
         shared.append(SharedFile(name, str(file.path), "hard link" if _link(source, stage / name) else "copy"))
     return shared
 
@@ -252,6 +271,20 @@ def _copy(file: MappedFile, target: Path, advance: Advance) -> None:
     with target.open("wb") as copied:
         for chunk in Extent(file, 0, file.nbytes).chunks():
             advance(copied.write(chunk))
+
+
+def data_path(path: Path) -> Path:
+    """Where the tensors go that an ONNX file at ``path`` shares with no other."""
+    return path.with_name(f"{path.name}.data")
+
+
+def check_sources_stay(program: Program, path: Path, *, share: bool) -> None:
+    """Raise OutputError where an export to ``path`` would replace a file that the weights are read from.
+
+    The ONNX file itself may replace one, as a file written over its source does, unless it is to point there.
+    """
+    written = [data_path(path), *([path] if share else [])]
+    program.check_kept([target.resolve() for target in written])
 
 
 def needed_bytes(program: Program, path: Path, *, share: bool) -> int:

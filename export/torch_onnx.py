@@ -15,7 +15,7 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 
-from t3compile.errors import ExportError, first_line
+from t3compile.errors import ExportError, T3CompileError, first_line
 
 OPSET = 23
 # What onnxscript would not store anyway: it computes larger constants first and drops them then.
@@ -40,7 +40,7 @@ def export_graph(exported: ExportedProgram, make_lazy: MakeLazy = _no_lazy) -> i
             # Its own optimization would need the values of weights, and fills large constants to drop them.
             program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
         except Exception as error:
-            cause = _first_cause(error)
+            cause = first_cause(error)
             raise ExportError(f"torch.onnx.export failed: {type(cause).__name__}: {first_line(cause)}") from error
         assert program is not None
         model = program.model
@@ -48,7 +48,15 @@ def export_graph(exported: ExportedProgram, make_lazy: MakeLazy = _no_lazy) -> i
             raw = getattr(value.const_value, "raw", None)
             if isinstance(raw, FakeTensor):
                 value.const_value = make_lazy(name, raw)
-        _optimize(model)
+        try:
+            _optimize(model)
+        except Exception as error:
+            cause = first_cause(error)
+            if isinstance(cause, T3CompileError):  # of a weight that cannot be read
+                raise cause from None
+            raise ExportError(
+                f"onnxscript cannot clean up the exported graph: {type(cause).__name__}: {first_line(cause)}"
+            ) from error
     return model
 
 
@@ -95,8 +103,8 @@ def _is_large(value: ir.Value) -> bool:
     return value.shape is not None and len(sizes) == len(value.shape) and math.prod(sizes) > _LARGEST_FOLDED
 
 
-def _first_cause(error: BaseException) -> BaseException:
-    """What the exporter's own errors wrap: they say at which step it was, their causes say why."""
+def first_cause(error: BaseException) -> BaseException:
+    """What the errors of the exporter and of onnx_ir wrap: they say at which step it was, their causes say why."""
     while error.__cause__ is not None:
         error = error.__cause__
     return error

@@ -14,10 +14,17 @@ from onnx_ir.passes.common import InlinePass
 from torch._subclasses.fake_tensor import FakeTensor
 
 from t3compile.archive import without_values
-from t3compile.errors import ExportError
+from t3compile.errors import ExportError, T3CompileError
 from t3compile.export.engine_inputs import FROZEN_PROPERTY
-from t3compile.export.store_weights import LazyWeight, WeightStorage, fold_transposes, needed_bytes, store_weights
-from t3compile.export.torch_onnx import export_graph
+from t3compile.export.store_weights import (
+    LazyWeight,
+    WeightStorage,
+    check_sources_stay,
+    fold_transposes,
+    needed_bytes,
+    store_weights,
+)
+from t3compile.export.torch_onnx import export_graph, first_cause
 from t3compile.export.window_function import (
     DOMAIN,
     OP_TYPE,
@@ -56,6 +63,7 @@ def write_onnx(
     ``inline`` writes the functions' bodies in place, for tools that do not know functions. ``share`` points into the
     safetensors files that the weights come from wherever they hold the very bytes. One weight is held at a time.
     """
+    check_sources_stay(program, path, share=share)
     needed = needed_bytes(program, path, share=share)
     progress("exporting the graph")
     model = to_onnx_model(program, form=form)
@@ -67,7 +75,7 @@ def write_onnx(
     with staged_outputs(path, needed_bytes=needed) as stage:
         progress(f"writing {path.name}")
         storage = store_weights(model, path, stage, extents, progress)
-        ir.save(model, stage / path.name)
+        _save(model, stage / path.name)
         progress("checking the file")
         _check(stage, path.name)
     return WrittenOnnx(functions, storage)
@@ -119,6 +127,15 @@ def _bind(node: ir.Node, key: FunctionKey) -> None:
     node.attributes.clear()
     for attribute in (ir.AttrString("plugin_namespace", DOMAIN), ir.AttrInt64("aot", 1)):
         node.attributes[attribute.name] = attribute
+
+
+def _save(model: ir.Model, path: Path) -> None:
+    try:
+        ir.save(model, path)
+    except ir.serde.SerdeError as error:
+        cause = first_cause(error)
+        # Of a weight that cannot be read.
+        raise (cause if isinstance(cause, T3CompileError) else error) from None
 
 
 def _check(stage: Path, name: str) -> None:

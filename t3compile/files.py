@@ -16,6 +16,8 @@ from t3compile.errors import OutputError, UnfinishedOutputWarning
 from t3compile.interruption import unfinished, uninterrupted
 
 _STAGE_SUFFIX = ".part"
+# Characters that tempfile makes a name of.
+_RANDOM = 8
 # Where a replaced folder waits until the new one is in its place.
 _OLD = "old"
 _NEW_S = 5.0
@@ -66,9 +68,14 @@ def staged_outputs(path: Path, *, needed_bytes: int = 0) -> Iterator[Path]:
     try:
         with scratch_folder(path.parent, path.name) as stage:
             yield stage
+            moves = [(file, path.parent / file.name) for file in stage.iterdir()]
+            for _, target in moves:
+                # Before any is moved: all appear or none.
+                if target.is_dir():
+                    raise OutputError(f"cannot write '{target}': it is a folder; move it away, or write elsewhere")
             with uninterrupted():
-                for file in sorted(stage.iterdir(), key=lambda file: file.name == path.name):
-                    os.replace(file, path.parent / file.name)
+                for file, target in sorted(moves, key=lambda move: move[1].name == path.name):
+                    os.replace(file, target)
     except OSError as error:
         raise _cannot_write(path, error) from error
 
@@ -172,7 +179,7 @@ def _lock(folder: Path) -> int | None:
 def remove_abandoned(path: Path) -> list[str]:
     """Remove the unfinished outputs of runs that were killed: nobody holds their folders. A sentence for each."""
     said = []
-    for stage in path.parent.glob(f".{glob.escape(path.name)}.*{_STAGE_SUFFIX}"):
+    for stage in path.parent.glob(f".{glob.escape(path.name)}.{'?' * _RANDOM}{_STAGE_SUFFIX}"):
         try:
             is_new = time.time() - stage.stat().st_mtime < _NEW_S
         except OSError:

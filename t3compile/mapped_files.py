@@ -6,13 +6,15 @@ whole models that are larger than memory; whatever reads one tensor after anothe
 
 from __future__ import annotations
 
+import bisect
+import errno
 import hashlib
 import json
 import math
 import mmap
 import os
 import sys
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -56,14 +58,24 @@ class MappedFile:
 
     @classmethod
     def open(cls, path: Path) -> MappedFile:
-        """Map a file that is not empty; OSError when it cannot be read."""
-        opened = path.open("rb")
-        pages = mmap.mmap(
-            opened.fileno(),
-            0,
-            flags=mmap.MAP_PRIVATE | _MAP_NORESERVE,
-            prot=mmap.PROT_READ | mmap.PROT_WRITE,
-        )
+        """Map a file that is not empty; OSError when it cannot be read, WeightsError when too many are open."""
+        # The working directory may change while it is open.
+        path = path.absolute()
+        try:
+            opened = path.open("rb")
+            pages = mmap.mmap(
+                opened.fileno(),
+                0,
+                flags=mmap.MAP_PRIVATE | _MAP_NORESERVE,
+                prot=mmap.PROT_READ | mmap.PROT_WRITE,
+            )
+        except OSError as error:
+            if error.errno != errno.EMFILE:
+                raise
+            raise WeightsError(
+                f"cannot map '{path}': too many files are open, and every file of weights takes two; raise the limit, "
+                "with 'ulimit -n' in the shell"
+            ) from None
         address = torch.frombuffer(pages, dtype=torch.uint8).data_ptr()
         return cls(path, len(pages), address, opened, pages)
 
@@ -193,9 +205,40 @@ def read_header(path: Path) -> SafetensorsHeader:
         header_bytes = int.from_bytes(opened.read(8), "little")
         if not 2 <= header_bytes <= min(_LARGEST_HEADER, os.fstat(opened.fileno()).st_size - 8):
             raise ValueError("its header is cut off")
-        header = json.loads(opened.read(header_bytes))
+        try:
+            header = json.loads(opened.read(header_bytes))
+        except RecursionError:
+            header = None
+    if not isinstance(header, dict):
+        raise ValueError("its header is malformed")
     header.pop("__metadata__", None)
     return SafetensorsHeader(header, 8 + header_bytes)
+
+
+# (offset, bytes) -> the dtype of the one tensor that they are of, if any.
+TensorAt = Callable[[int, int], "torch.dtype | None"]
+
+
+def tensor_at(path: Path) -> TensorAt:
+    """Which tensor of a safetensors file some bytes are of. OSError, ValueError."""
+    header = read_header(path)
+    try:
+        ranges = sorted(
+            (header.data_begin + begin, header.data_begin + end, str(entry["dtype"]))
+            for entry in header.entries.values()
+            for begin, end in [entry["data_offsets"]]
+        )
+    except (KeyError, TypeError):
+        raise ValueError("its header is malformed") from None
+    begins = [begin for begin, _, _ in ranges]
+
+    def find(offset: int, nbytes: int) -> torch.dtype | None:
+        number = bisect.bisect_right(begins, offset) - 1
+        if number < 0 or offset + nbytes > ranges[number][1]:
+            return None
+        return _SAFETENSORS_DTYPES.get(ranges[number][2])
+
+    return find
 
 
 def sample_fingerprint(path: Path) -> str:

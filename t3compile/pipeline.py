@@ -373,13 +373,14 @@ def export_onnx_report(
     the safetensors files that the weights come from, where they hold the very bytes, instead of writing them again.
     ``check`` compares with torch in onnxruntime; None does so unless the model is too large to run here in a minute.
     """
-    from t3compile.export.store_weights import needed_bytes
+    from t3compile.export.store_weights import check_sources_stay, needed_bytes
     from t3compile.export.write_onnx import write_onnx
 
     path = Path(path)
     check_writable(path)
     legal = program = in_precision(program, precision)
     program.require_weights()
+    check_sources_stay(program, path, share=share_weights)
     check_space(path, needed_bytes(program, path, share=share_weights))
     progress("legalizing for ONNX")
     for legalize in ONNX_LEGALIZATION:
@@ -462,14 +463,22 @@ def _require_float32(program: Program) -> None:
             )
 
 
-def load_engine(path: str | Path, runtime: str = "auto", *, trust_code: bool = False, **options: Any) -> Engine:
+def load_engine(
+    path: str | Path,
+    runtime: str = "auto",
+    *,
+    trust_code: bool = False,
+    weights: Sequence[str | Path] | None = None,
+    **options: Any,
+) -> Engine:
     """A callable from an exported file: ONNX, ``.pt2``, AOTInductor package or TensorRT engine, told by content.
 
     ``runtime`` is "auto", "onnxruntime" (the best provider that starts), "onnxruntime-cpu", "-cuda", "-tensorrt",
     "torch", "aoti" or "tensorrt"; the engine's ``runtime`` says what was chosen and its ``notes`` why. An AOTInductor
-    package is compiled code and needs ``trust_code``; ``options`` are those of the runtime's engine class. Calls take
+    package is compiled code and needs ``trust_code``; ``weights`` are the folders or files that a ``.pt2`` refers to;
+    ``options`` are those of the runtime's engine class. Calls take
     tensors or arrays by position or by input name; InputsError names the input, what came and what is expected.
     """
     from t3compile.export.runtimes import load
 
-    return load(Path(path), runtime, trust_code=trust_code, **options)
+    return load(Path(path), runtime, trust_code=trust_code, weights=[Path(file) for file in weights or ()], **options)

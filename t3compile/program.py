@@ -6,7 +6,7 @@ import copy
 import hashlib
 import logging
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,12 +21,12 @@ from torch.export.graph_signature import ExportGraphSignature, InputKind, Tensor
 from torch.utils import _pytree as pytree
 
 from t3compile.archive import is_plain, without_values, write_archive
-from t3compile.errors import TraceError, WeightsError, first_line
+from t3compile.errors import OutputError, TraceError, WeightsError, first_line
 from t3compile.files import check_space, check_writable, staged_outputs
 from t3compile.mapped_files import Extent
 from t3compile.plan import Plan
 from t3compile.progress import SILENT, Progress
-from t3compile.weight_references import is_safetensors_file, refer
+from t3compile.weight_references import refer, whole_tensors
 from t3compile.weights import TensorWeights, Weights
 
 PLAN_ENTRY = "t3compile_plan.json"
@@ -104,17 +104,23 @@ class Program:
             self.weights.load(smallest)
 
     def external_weights(self) -> dict[str, Extent]:
-        """The weights whose very bytes lie in safetensors files, by name."""
-        located = {name: self.weights.locate(name) for name in self.exported.state_dict}
-        files = {extent.file.address: extent.file for extent in located.values() if extent is not None}
-        good = {address for address, file in files.items() if is_safetensors_file(file)}
-        return {name: e for name, e in located.items() if e is not None and e.file.address in good}
+        """The weights whose very bytes are a tensor of a safetensors file, or part of one, by name."""
+        state = self.exported.state_dict
+        located = {name: extent for name in state if (extent := self.weights.locate(name)) is not None}
+        return whole_tensors(located, {name: state[name].dtype for name in located})
+
+    def check_kept(self, written: Sequence[Path]) -> None:
+        """Raise OutputError where one of these (resolved) is a file that weights are read from where they lie."""
+        extents = (self.weights.locate(name) for name in self.exported.state_dict)
+        sources = {extent.file.path for extent in extents if extent is not None}
+        for path in sorted(source for source in sources if source.resolve() in written):
+            raise OutputError(f"cannot write '{path}': the model's weights are read from it; give another name")
 
     def check_savable(self, path: str | Path, *, external: bool = False) -> None:
         """Raise, before any work, what ``save`` would raise for missing weights, a bad path or too little room."""
         self.require_weights()
         check_writable(Path(path))
-        check_space(Path(path), self._stored_bytes(self._extents_for(external)))
+        check_space(Path(path), self._stored_bytes(self._extents_for(external, Path(path))))
 
     def save(self, path: str | Path, *, external: bool = False, progress: Progress = SILENT) -> Path:
         """Write a torch.export ``.pt2`` (with the plan inside, if rewritten), beside first, then renamed.
@@ -124,12 +130,12 @@ class Program:
         """
         path = Path(path)
         extra = {} if self.plan is None else {PLAN_ENTRY: self.plan.dumps()}
-        extents = self._extents_for(external)
+        extents = self._extents_for(external, path)
         stored = self._stored_bytes(extents)
         progress(f"writing {path}")
         with staged_outputs(path, needed_bytes=stored) as stage, quiet_torch():
             target = stage / path.name
-            if all(map(is_plain, self.exported.state_dict.values())):
+            if self._is_plain():
                 forms = copy_exported(self.exported, state_dict=without_values(self.exported.state_dict))
                 references = refer(extents, path.parent) if external else None
                 with progress.measure(stored, "bytes") as advance:
@@ -141,14 +147,26 @@ class Program:
                 suffixed.rename(target)
         return path
 
-    def _extents_for(self, external: bool) -> dict[str, Extent]:
-        extents = self.external_weights() if external else {}
-        if external and not extents:
+    def _extents_for(self, external: bool, path: Path) -> dict[str, Extent]:
+        """What a .pt2 there will refer to."""
+        if not external:
+            return {}
+        extents = self.external_weights()
+        if not extents:
             raise WeightsError(
                 f"no weight of {self.source} lies in a safetensors file as it is, so none can be referred to; "
                 "store the weights inside"
             )
+        if not self._is_plain():
+            raise WeightsError(
+                f"some weights of {self.source} are of a tensor class that only torch can store, all or none; "
+                "store the weights inside"
+            )
+        self.check_kept([path.resolve()])
         return extents
+
+    def _is_plain(self) -> bool:
+        return all(map(is_plain, self.exported.state_dict.values()))
 
     def _stored_bytes(self, extents: Mapping[str, Extent]) -> int:
         return self.weight_bytes - sum(extent.nbytes for extent in extents.values())

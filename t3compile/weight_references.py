@@ -11,10 +11,13 @@ import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from t3compile.errors import WeightsError, first_line
-from t3compile.mapped_files import Extent, MappedFile, read_header, sample_fingerprint
+from t3compile.mapped_files import Extent, MappedFile, TensorAt, sample_fingerprint, tensor_at
+
+if TYPE_CHECKING:
+    import torch
 
 _HEX = frozenset("0123456789abcdef")
 
@@ -103,13 +106,23 @@ def _referenced(file: MappedFile, folder: Path) -> ReferencedFile:
     return ReferencedFile(name, file.nbytes, sample_fingerprint(file.path))
 
 
-def is_safetensors_file(file: MappedFile) -> bool:
-    """Whether its header is one of safetensors."""
+def whole_tensors(extents: Mapping[str, Extent], dtypes: Mapping[str, torch.dtype]) -> dict[str, Extent]:
+    """Those extents that are one tensor of a safetensors file, or part of one, with these dtypes."""
+    files = {extent.file.address: extent.file for extent in extents.values()}
+    finders = {address: _tensor_at(file) for address, file in files.items()}
+    return {
+        name: extent
+        for name, extent in extents.items()
+        if (find := finders[extent.file.address]) and find(extent.offset, extent.nbytes) == dtypes[name]
+    }
+
+
+def _tensor_at(file: MappedFile) -> TensorAt | None:
+    """See tensor_at; None for what is no safetensors file."""
     try:
-        read_header(file.path)
-    except (OSError, ValueError, AttributeError):
-        return False
-    return True
+        return tensor_at(file.path)
+    except (OSError, ValueError):
+        return None
 
 
 def open_references(references: WeightReferences, archive: Path, named: Sequence[Path] = ()) -> tuple[MappedFile, ...]:
@@ -136,7 +149,7 @@ def _open(wanted: ReferencedFile, files: Sequence[ReferencedFile], archive: Path
     try:
         file = MappedFile.open(path)
         is_same = file.nbytes == wanted.nbytes and sample_fingerprint(path) == wanted.sha256
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError) as error:
         raise WeightsError(f"cannot read '{path}' as safetensors ({first_line(error)}); copy it again") from None
     if not is_same:
         raise WeightsError(

@@ -45,6 +45,19 @@ def test_the_named_file_is_moved_last(tmp_path: Path, monkeypatch: pytest.Monkey
     assert sorted(moved) == ["a", "a.data", "b"]
 
 
+def test_a_folder_in_the_place_of_one_file_keeps_all_away(tmp_path: Path) -> None:
+    (tmp_path / "model.data").mkdir()
+
+    def write() -> None:
+        with staged_outputs(tmp_path / "model") as stage:
+            for name in ("model", "model.1", "model.data"):
+                (stage / name).write_text("new")
+
+    with pytest.raises(OutputError, match=r"cannot write '.*model\.data': it is a folder"):
+        write()
+    assert [file.name for file in tmp_path.iterdir()] == ["model.data"]
+
+
 @pytest.mark.parametrize("error", [ValueError("mine"), KeyboardInterrupt(), SystemExit(3), MemoryError()])
 def test_an_interrupted_write_leaves_nothing_and_keeps_the_old_file(tmp_path: Path, error: BaseException) -> None:
     path = tmp_path / "model.onnx"
@@ -226,6 +239,16 @@ def test_what_a_killed_run_left_is_removed_by_the_next(tmp_path: Path) -> None:
         write_text(output, "done")
         assert stage.is_dir()
     assert [path.name for path in tmp_path.iterdir()] == ["model.pt2"]
+
+
+def test_a_folder_of_another_name_is_not_taken_for_what_was_left(tmp_path: Path) -> None:
+    """Others name what they download like this."""
+    for name in (".model.pt2.part", ".model.mp4.1.part", ".model.onnx.data.part"):
+        (tmp_path / name).mkdir()
+        _make_old(tmp_path / name)
+    write_text(tmp_path / "model", "done")
+    write_text(tmp_path / "model.pt2", "done")
+    assert len(list(tmp_path.glob(".*.part"))) == 3
 
 
 @pytest.mark.parametrize("is_held", [True, False])

@@ -7,6 +7,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ import onnx
 import pytest
 import torch
 from onnx.external_data_helper import ExternalDataInfo
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import t3compile
@@ -24,6 +26,7 @@ from t3compile.export import store_weights
 from t3compile.inputs import named_inputs
 from t3compile.pipeline import ExportReport, export_onnx_report, load_engine, load_program
 from t3compile.program import Program
+from t3compile.weights import CastWeights, Weights
 from tests.sharded import SIZE, shard, write_folder
 from tests.tiny_models import tiny_wan
 
@@ -135,6 +138,128 @@ def test_where_links_are_impossible_files_are_copied_and_that_is_said(
     _assert_shared(report, path, wan, rewritten, written)
     needed = store_weights.needed_bytes(rewritten, path, share=True)
     assert needed >= sum(shard(folder, i).stat().st_size for i in (1, 2, 3))
+
+
+def _one_file(wan: nn.Module, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    save_file({name: x.contiguous() for name, x in wan.state_dict().items()}, path)
+    return path
+
+
+def test_written_data_never_goes_into_a_checkpoint(
+    wan: nn.Module, folder: Path, rewritten: Program, written: Path, tmp_path: Path
+) -> None:
+    """A file called 'data' would be linked under the very name that the other weights are written to."""
+    weights = _one_file(wan, tmp_path / "data")
+    before = weights.read_bytes()
+    program = load_program(folder, size=SIZE, weights=weights)
+    path = tmp_path / "out" / "model.onnx"
+    path.parent.mkdir()
+    report = export_onnx_report(replace(rewritten, weights=program.weights), path, share_weights=True, check=False)
+    assert weights.read_bytes() == before
+    assert report.storage is not None
+    assert report.storage.shared_tensors > 10
+    inputs = named_inputs(rewritten)
+    assert np.array_equal(_run(path, inputs), _run(written, inputs))
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_a_checkpoint_in_the_place_of_the_data_is_kept(
+    wan: nn.Module, folder: Path, tmp_path: Path, share: bool
+) -> None:
+    weights = _one_file(wan, tmp_path / "model.onnx.data")
+    before = weights.read_bytes()
+    program = load_program(folder, size=SIZE, weights=weights)
+    with pytest.raises(OutputError, match=r"cannot write '.*model.onnx.data': the model's weights are read from it"):
+        t3compile.export_onnx(program, tmp_path / "model.onnx", share_weights=share, check=False)
+    assert [x.name for x in tmp_path.iterdir()] == ["model.onnx.data"]
+    assert weights.read_bytes() == before
+
+
+def test_what_is_to_be_pointed_into_is_not_replaced(wan: nn.Module, tmp_path: Path) -> None:
+    program = load_program(write_folder(tmp_path / "wan", wan), size=SIZE)
+    path = shard(tmp_path / "wan", 2)
+    before = path.read_bytes()
+    with pytest.raises(OutputError, match="weights are read from it"):
+        t3compile.export_onnx(program, path, share_weights=True, check=False)
+    with pytest.raises(OutputError, match="weights are read from it"):
+        program.check_savable(path, external=True)
+    with pytest.raises(OutputError, match="weights are read from it"):
+        program.save(path, external=True)
+    assert path.read_bytes() == before
+
+
+def test_two_files_of_one_name_get_two_links(wan: nn.Module, folder: Path, tmp_path: Path) -> None:
+    """Also where the name of the second link is a checkpoint's of that folder."""
+    state = {name: x.contiguous() for name, x in wan.state_dict().items()}
+    out = tmp_path / "out"
+    files = [tmp_path / "a" / "x.safetensors", tmp_path / "b" / "x.safetensors", out / "model.onnx.1.x.safetensors"]
+    for number, file in enumerate(files):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        save_file({name: state[name] for name in list(state)[number::3]}, file)
+    before = [file.read_bytes() for file in files]
+    program = load_program(folder, size=SIZE, weights=files)
+    report = export_onnx_report(program, out / "model.onnx", share_weights=True, check=True)
+    assert report.storage is not None
+    assert len({file.location for file in report.storage.shared_files}) == 3
+    assert report.passed
+    assert [file.read_bytes() for file in files] == before
+
+
+def test_files_are_found_again_from_another_working_folder(
+    wan: nn.Module, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write_folder(tmp_path / "wan", wan)
+    monkeypatch.chdir(tmp_path)
+    program = load_program("wan", size=SIZE)
+    monkeypatch.chdir("/")
+    program.save(tmp_path / "model.pt2", external=True)
+    report = export_onnx_report(program, tmp_path / "model.onnx", share_weights=True, check=False)
+    assert report.storage is not None
+    assert report.storage.shared_tensors > 10
+
+
+def test_tensors_between_elements_are_written(wan: nn.Module, folder: Path, tmp_path: Path) -> None:
+    """safetensors allows any beginning; runtimes read whole elements where they are mapped."""
+    path = _one_file(wan, tmp_path / "odd.safetensors")
+    content = path.read_bytes()
+    size = int.from_bytes(content[:8], "little")
+    path.write_bytes((size + 1).to_bytes(8, "little") + content[8 : 8 + size] + b" " + content[8 + size :])
+    program = load_program(folder, size=SIZE, weights=path)
+    report = export_onnx_report(program, tmp_path / "model.onnx", share_weights=True, check=True)
+    assert report.passed
+    assert report.storage is not None
+    assert report.storage.shared_tensors == 0
+    assert report.storage.not_shared["not at a multiple of its element's size"] > 100_000
+
+
+@pytest.mark.parametrize("end", [9000, 100])
+def test_a_checkpoint_cut_off_after_loading_is_one_error(wan: nn.Module, tmp_path: Path, end: int) -> None:
+    """Whether a large weight is read, or a small one in the midst of onnx_ir's work."""
+    program = load_program(write_folder(tmp_path / "wan", wan, shards=1), size=SIZE)
+    os.truncate(shard(tmp_path / "wan"), end)
+    with pytest.raises(WeightsError, match="was cut off at byte"):
+        t3compile.export_onnx(program, tmp_path / "model.onnx", check=False)
+    assert [x.name for x in tmp_path.iterdir()] == ["wan"]
+
+
+def test_a_small_weight_that_cannot_be_read_is_one_error(wan: nn.Module, tmp_path: Path) -> None:
+    program = load_program(write_folder(tmp_path / "wan", wan, shards=1), size=SIZE)
+    # The exporter asks for it while it writes the graph.
+    weights = _Unreadable(program.weights, "condition_embedder.time_embedder.linear_1.bias")
+    with pytest.raises(WeightsError, match="cut off"):
+        t3compile.export_onnx(replace(program, weights=weights), tmp_path / "model.onnx", check=False)
+
+
+class _Unreadable(CastWeights):
+    def __init__(self, source: Weights, name: str) -> None:
+        super().__init__(source, {})
+        object.__setattr__(self, "name", name)
+
+    def load(self, name: str) -> Tensor:
+        if name == self.name:  # type: ignore[attr-defined]
+            raise WeightsError("it was cut off")
+        return super().load(name)
 
 
 def test_what_is_converted_is_written_and_counted(rewritten: Program, tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import warnings
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 import t3compile
@@ -160,6 +162,24 @@ def test_mapped_tensors_of_the_header_size(tmp_path: Path) -> None:
     (tmp_path / "x.safetensors").write_bytes((1 << 40).to_bytes(8, "little") + b"{}")
     with pytest.raises(WeightsError, match="its header is cut off"):
         map_safetensors([tmp_path / "x.safetensors"])
+
+
+_FEW_FILES = """
+import resource, sys
+from pathlib import Path
+from t3compile.mapped_files import map_safetensors
+resource.setrlimit(resource.RLIMIT_NOFILE, (24, 24))
+map_safetensors([Path(sys.argv[1]) / f"{i}.safetensors" for i in range(20)])
+"""
+
+
+def test_too_many_files_are_one_error(tmp_path: Path) -> None:
+    for i in range(20):
+        save_file({f"x{i}": torch.ones(3)}, tmp_path / f"{i}.safetensors")
+    done = subprocess.run(
+        [sys.executable, "-c", _FEW_FILES, str(tmp_path)], capture_output=True, text=True, check=False
+    )
+    assert re.search(r"WeightsError: cannot map '.*\d.safetensors': too many files are open.*ulimit", done.stderr)
 
 
 # The peak is read before and after each step; what is imported late is imported before.

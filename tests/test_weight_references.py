@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
@@ -18,6 +19,8 @@ from torch import nn
 from t3compile.archive import REFERENCES_ENTRY
 from t3compile.cli import main
 from t3compile.errors import ModelFileError, T3CompileError, WeightsError
+from t3compile.inputs import named_inputs
+from t3compile.mapped_files import map_safetensors, sample_fingerprint
 from t3compile.pipeline import load_program
 from t3compile.program import trace
 from tests.sharded import SIZE, shard, write_folder
@@ -101,6 +104,20 @@ def test_files_elsewhere_are_read_only_where_the_user_names_them(made: Path) -> 
     shards = [shard(made / "wan", i) for i in (1, 2, 3)]
     assert len(load_program(away, weights=shards).weights.names()) > 20
     _refused(away, shards[2].name, weights=shards[:2])
+
+
+def test_a_cache_of_links_is_said_to_be_outside(copied: Path, tmp_path: Path) -> None:
+    (tmp_path / "blobs").mkdir()
+    for file in list((copied / "wan").glob("*.safetensors")):
+        file.symlink_to(file.rename(tmp_path / "blobs" / file.name[-24:]))
+    size = ["--frames", "5", "--height", "64", "--width", "64", "--text-tokens", "5", "--no-verify"]
+    output = copied / "wan" / "windows.pt2"
+    options = ["-o", str(output), "--schedule", "1,2,2", "--store-weights", "external"]
+    done = CliRunner().invoke(main, ["rewrite", str(copied / "wan"), *size, *options])
+    assert done.exit_code == 0, done.stderr
+    assert f"give --weights {copied / 'wan'} with it" in done.stderr
+    _refused(output, "leads out of its folder")
+    load_program(output, weights=copied / "wan")
 
 
 def test_moving_both_together_keeps_them(copied: Path, tmp_path: Path) -> None:
@@ -218,6 +235,30 @@ def test_places_outside_the_file_are_refused(copied: Path, place: Any, text: str
     _refused(copied / "beside.pt2", text, error)
 
 
+@pytest.mark.parametrize("place", ["header", "between tensors", "another dtype"])
+def test_only_a_tensor_of_the_file_is_read(copied: Path, place: str) -> None:
+    """Not its header, not two halves of neighbours, and not one tensor's bytes as numbers of another kind."""
+    name = "proj_out.bias"
+    number, begin = _references(copied / "beside.pt2")["tensors"][name]
+    if place == "another dtype":
+        path = shard(copied / "wan", number + 1)
+        path.write_bytes(path.read_bytes().replace(b'"F32"', b'"I32"'))
+        _change(copied / "beside.pt2", lambda content: content["files"][number].update(sha256=sample_fingerprint(path)))
+    else:
+        _table(copied / "beside.pt2", name, [number, 0 if place == "header" else begin - 4])
+    _refused(copied / "beside.pt2", "refers to bytes of .* for '.*' that are no torch.float32 tensor of it")
+
+
+@pytest.mark.parametrize("header", [b"[1,  2]", b"[" * 2_000 + b"]" * 2_000, b'{"x": {"data_offsets": 3}}', b"{{{{"])
+def test_a_header_that_is_no_table_is_one_error(copied: Path, header: bytes) -> None:
+    path = shard(copied / "wan", 2)
+    padding = bytes(path.stat().st_size - 8 - len(header))
+    path.write_bytes(len(header).to_bytes(8, "little") + header + padding)
+    _refused(copied / "beside.pt2", f"{path.name}.*(copy it again|has changed)")
+    with pytest.raises(WeightsError, match="cannot read"):
+        map_safetensors([path])
+
+
 def test_a_weight_that_the_table_lacks_is_refused(copied: Path) -> None:
     _change(copied / "beside.pt2", lambda content: content["tensors"].pop("proj_out.bias"))
     _refused(copied / "beside.pt2", "'proj_out.bias'", ModelFileError)
@@ -245,6 +286,10 @@ def test_the_command_line_writes_verifies_and_exports_it(made: Path, tmp_path: P
     assert f"give --weights {made / 'wan'} with it" in done.stderr
     # MODEL names the folder, so that REWRITTEN may be read from it.
     done = CliRunner().invoke(main, ["verify", str(made / "wan"), output, *size, "--json"])
+    assert done.exit_code == 0, done.stderr
+    inputs = tmp_path / "inputs.npz"
+    np.savez(inputs, **{name: x.numpy() for name, x in named_inputs(load_program(made / "wan", size=SIZE)).items()})
+    done = CliRunner().invoke(main, ["run", output, "--inputs", str(inputs), "--weights", str(made / "wan")])
     assert done.exit_code == 0, done.stderr
     done = CliRunner().invoke(main, ["inspect", output])
     assert done.exit_code == 2

@@ -141,6 +141,12 @@ def _weight_rows(storage: WeightStorage | None) -> list[tuple[str, str]]:
     show_default=True,
     help="auto: by the file's content; onnxruntime: CUDA where it starts, else the CPU.",
 )
+@click.option(
+    "--weights",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    help="For a .pt2 that refers to its weights, the folder they are in.",
+)
 @click.option("--trust-code", is_flag=True, help="Load an AOTInductor package: it is compiled code, and runs.")
 @click.option("--cuda-graph", is_flag=True, help="TensorRT: replay one recorded launch per call.")
 @click.option(
@@ -159,6 +165,7 @@ def run(
     inputs: Path,
     output: Path | None,
     runtime: str,
+    weights: tuple[Path, ...],
     trust_code: bool,
     repeat: int,
     as_json: bool,
@@ -178,7 +185,7 @@ def run(
         check_writable(output)
     named = read_inputs(inputs)
     given = {name: value for name, value in engine_options.items() if value}
-    loaded = load_engine(engine, runtime, trust_code=trust_code, **given)
+    loaded = load_engine(engine, runtime, trust_code=trust_code, weights=weights, **given)
     say(f"runtime: {loaded.runtime}")
     for note in loaded.notes:
         say(f"note: {note}")

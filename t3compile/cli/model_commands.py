@@ -213,10 +213,12 @@ def _say_external(program: Program, output: Path) -> None:
 
     extents = program.external_weights()
     shared = sum(extent.nbytes for extent in extents.values())
-    folders = sorted({str(extent.file.path.parent) for extent in extents.values()})
+    paths = {extent.file.path for extent in extents.values()}
+    folders = sorted({str(path.parent) for path in paths})
     inside = size_bytes(program.weight_bytes - shared)
     say(f"{size_bytes(shared)} of weights stay in {', '.join(folders)}; {inside} are inside {output}")
-    outside = [folder for folder in folders if not Path(folder).resolve().is_relative_to(output.parent.resolve())]
+    # A link in its folder to a file elsewhere, as caches of downloads are made of, is outside too.
+    outside = sorted({str(path.parent) for path in paths if not path.resolve().is_relative_to(output.parent.resolve())})
     if outside:
         given = " ".join(f"--weights {folder}" for folder in outside)
         say(f"note: {output} reads files outside its own folder only where you name them: give {given} with it")

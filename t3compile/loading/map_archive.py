@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from t3compile.archive import EXTERNAL_PAYLOAD, REFERENCES_ENTRY, WEIGHTS_CONFIG, WEIGHTS_FOLDER, row_major_strides
 from t3compile.errors import ModelFileError, WeightsError
-from t3compile.mapped_files import MappedFile, MappedTensors
+from t3compile.mapped_files import MappedFile, MappedTensors, tensor_at
 from t3compile.weight_references import WeightReferences, open_references
 
 _COMPILED = "data/aotinductor/"
@@ -40,8 +40,18 @@ class SplitArchive:
     files: tuple[MappedFile, ...]
 
     def map_weights(self, forms: Mapping[str, Tensor]) -> MappedTensors:
-        """The weights with the dtypes of ``forms``, those that the skeleton loaded; ValueError where one is cut off."""
+        """The weights with the dtypes of ``forms``, those that the skeleton loaded.
+
+        ValueError where one is cut off, WeightsError where one by reference is not of one tensor of the file.
+        """
         mapped = {name: self._map(place, forms[name]) for name, place in self.weights.items()}
+        finders = {number: tensor_at(file.path) for number, file in enumerate(self.files) if number}
+        for name, place in self.weights.items():
+            if place.file and finders[place.file](place.offset, mapped[name].nbytes) != mapped[name].dtype:
+                raise WeightsError(
+                    f"'{self.files[0].path}' refers to bytes of '{self.files[place.file].path}' for '{name}' that are "
+                    f"no {mapped[name].dtype} tensor of it; rewrite the model again"
+                )
         return MappedTensors(mapped, self.files)
 
     def _map(self, place: ArchivedWeight, form: Tensor) -> Tensor:
