@@ -151,14 +151,14 @@ def check_weights(program: Program, rewritten: Program, advance: Advance = unmea
         if set(old.names()) != set(new.names()):
             return Check("weights", f"{name}: other names", 1.0, 0.0, 0.0)
         for weight in old.names():
-            if _is_one_place(old.locate(weight), new.locate(weight)):
-                continue
-            before, after = old.load(weight).detach(), new.load(weight).detach()
-            advance(before.nbytes)
-            magnitude = max(magnitude, _largest(before))
+            is_one = _is_one_place(old.locate(weight), new.locate(weight))
+            before, after = ((x.view(weight) if is_one else x.load(weight)).detach() for x in (old, new))
+            if not is_one:
+                advance(before.nbytes)
+                magnitude = max(magnitude, _largest(before))
             if before.shape != after.shape or before.dtype != after.dtype:
                 return Check("weights", f"{name}: '{weight}' has another shape or dtype", 1.0, 0.0, magnitude)
-            if not torch.equal(before, after):
+            if not is_one and not torch.equal(before, after):
                 error = worst(error, _error(after, before))
     return Check("weights", name, error, 0.0, magnitude)
 

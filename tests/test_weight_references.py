@@ -10,10 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from safetensors.torch import save_file
 from torch import nn
 
 from t3compile.archive import REFERENCES_ENTRY
@@ -23,6 +23,7 @@ from t3compile.inputs import named_inputs
 from t3compile.mapped_files import map_safetensors, sample_fingerprint
 from t3compile.pipeline import load_program
 from t3compile.program import trace
+from t3compile.verification import check_weights
 from tests.sharded import SIZE, shard, write_folder
 from tests.tiny_models import tiny_wan
 
@@ -50,19 +51,22 @@ def copied(made: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(made, tmp_path / "copied"))
 
 
-def _references(path: Path) -> dict[str, Any]:
+_TABLE = f"archive/extra/{REFERENCES_ENTRY}"
+
+
+def _references(path: Path, entry: str = _TABLE) -> dict[str, Any]:
     with zipfile.ZipFile(path) as archive:
-        content: dict[str, Any] = json.loads(archive.read(f"archive/extra/{REFERENCES_ENTRY}"))
+        content: dict[str, Any] = json.loads(archive.read(entry))
         return content
 
 
-def _change(path: Path, change: Callable[[dict[str, Any]], None]) -> None:
-    """Rewrite the table of references inside the archive."""
-    content = _references(path)
+def _change(path: Path, change: Callable[[dict[str, Any]], None], entry: str = _TABLE) -> None:
+    """Rewrite the table of references, or another, inside the archive."""
+    content = _references(path, entry)
     change(content)
     with zipfile.ZipFile(path) as archive:
         records = {name: archive.read(name) for name in archive.namelist()}
-    records[f"archive/extra/{REFERENCES_ENTRY}"] = json.dumps(content).encode()
+    records[entry] = json.dumps(content).encode()
     with zipfile.ZipFile(path, "w") as archive:
         for name, data in records.items():
             archive.writestr(name, data)
@@ -249,6 +253,21 @@ def test_only_a_tensor_of_the_file_is_read(copied: Path, place: str) -> None:
     _refused(copied / "beside.pt2", "refers to bytes of .* for '.*' that are no torch.float32 tensor of it")
 
 
+def test_verification_sees_another_shape_of_the_same_bytes(copied: Path) -> None:
+    original = load_program(copied / "wan", size=SIZE)
+    assert check_weights(original, load_program(copied / "beside.pt2")).passed
+    entry = "archive/data/weights/model_weights_config.json"
+
+    def widen(content: dict[str, Any]) -> None:
+        meta = content["config"]["proj_out.bias"]["tensor_meta"]
+        meta.update(sizes=[{"as_int": 16}, {"as_int": 1}], strides=[{"as_int": 1}, {"as_int": 1}])
+
+    _change(copied / "beside.pt2", widen, entry)
+    check = check_weights(original, load_program(copied / "beside.pt2"))
+    assert not check.passed
+    assert "'proj_out.bias' has another shape" in check.name
+
+
 @pytest.mark.parametrize("header", [b"[1,  2]", b"[" * 2_000 + b"]" * 2_000, b'{"x": {"data_offsets": 3}}', b"{{{{"])
 def test_a_header_that_is_no_table_is_one_error(copied: Path, header: bytes) -> None:
     path = shard(copied / "wan", 2)
@@ -287,8 +306,8 @@ def test_the_command_line_writes_verifies_and_exports_it(made: Path, tmp_path: P
     # MODEL names the folder, so that REWRITTEN may be read from it.
     done = CliRunner().invoke(main, ["verify", str(made / "wan"), output, *size, "--json"])
     assert done.exit_code == 0, done.stderr
-    inputs = tmp_path / "inputs.npz"
-    np.savez(inputs, **{name: x.numpy() for name, x in named_inputs(load_program(made / "wan", size=SIZE)).items()})
+    inputs = tmp_path / "inputs.safetensors"
+    save_file(named_inputs(load_program(made / "wan", size=SIZE)), inputs)
     done = CliRunner().invoke(main, ["run", output, "--inputs", str(inputs), "--weights", str(made / "wan")])
     assert done.exit_code == 0, done.stderr
     done = CliRunner().invoke(main, ["inspect", output])
