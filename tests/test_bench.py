@@ -1,9 +1,8 @@
-"""t3compile bench: variants, turns, ratios, the processes that are measured, and what the user sees."""
+"""t3compile bench: the processes that are measured, a whole run, and the command."""
 
 from __future__ import annotations
 
 import json
-import math
 import os
 import platform
 import signal
@@ -16,156 +15,31 @@ from typing import Any
 import pytest
 import torch
 from click.testing import CliRunner, Result
-from torch import Tensor, nn
-from torch.nn.functional import scaled_dot_product_attention
+from torch import nn
 
 import t3compile
 from t3compile.benchmark import run_benchmark
 from t3compile.benchmark.bench_report import TOTAL, BenchReport
 from t3compile.benchmark.cases import Workload
 from t3compile.benchmark.child_process import ChildProcess, WorkerDied, WorkerError, child_process
-from t3compile.benchmark.compare_outputs import allowed_difference, largest_difference
+from t3compile.benchmark.compare_outputs import allowed_difference
 from t3compile.benchmark.run_benchmark import BenchSettings, bench
-from t3compile.benchmark.variants import AttentionLayer, TensorForm, attention_layers, variant_program
+from t3compile.benchmark.variants import AttentionLayer, variant_program
 from t3compile.benchmark.worker import Worker
 from t3compile.cli import main
-from t3compile.errors import EngineError, PlanError
+from t3compile.errors import EngineError
 from t3compile.geometry import Splits, TokenGrid
-from t3compile.macs import graph_macs
-from t3compile.ops import WINDOW_ATTENTION, WindowAttentionArgs
+from t3compile.ops import WindowAttentionArgs
 from t3compile.pattern import WindowPattern
 from t3compile.program import Program
+from tests.two_layers import ARGS, two_layer_programs
 
 ROOT = Path(__file__).parents[1]
-ARGS = WindowAttentionArgs(TokenGrid(2, 4, 6), WindowPattern(Splits(1, 2, 3)))
-
-
-class Video(nn.Module):
-    """Attention over a grid of 2x4x6 tokens in two layers, made of patches of a [1, 2, 2, 8, 12] video."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        torch.manual_seed(0)
-        self.embed = nn.Conv3d(2, 16, (1, 2, 2), stride=(1, 2, 2))
-        self.layers = nn.ModuleList([nn.Linear(16, 48) for _ in range(2)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens = self.embed(x).flatten(2).transpose(1, 2)  # [B, S, D]
-        for layer in self.layers:
-            q, k, v = (part.unflatten(2, (2, 8)).transpose(1, 2) for part in layer(tokens).chunk(3, dim=2))
-            tokens = tokens + scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
-        return tokens
 
 
 @pytest.fixture(scope="module")
 def programs() -> tuple[Program, Program]:
-    """The original, and rewritten with another pattern in each of its two layers."""
-    program = t3compile.trace(Video().eval(), (torch.randn(1, 2, 2, 8, 12),))
-    plan = t3compile.make_plan(t3compile.detect(program), [(2, 1, 1), (1, 2, 3)])
-    return program, t3compile.rewrite(program, plan)
-
-
-def _call(program: Program, *inputs: Tensor) -> Tensor:
-    with torch.no_grad():
-        out: Tensor = program.module()(*inputs)
-    return out
-
-
-# --- variants ------------------------------------------------------------------------------------
-
-
-def test_paper_and_regrouped_are_the_rewritten_function_and_full_is_the_original_one(
-    programs: tuple[Program, Program],
-) -> None:
-    original, rewritten = programs
-    (x,), _ = original.example_inputs
-    reference = _call(rewritten, x)
-    error = {name: float((_call(variant_program(rewritten, name), x) - reference).abs().max()) for name in _variants()}
-    assert error["windows"] == 0
-    assert error["regrouped"] == 0
-    assert error["paper"] < 1e-5
-    assert error["full"] > 1e-2
-    put_back = _call(variant_program(rewritten, "full"), x)
-    torch.testing.assert_close(put_back, _call(original, x), rtol=0, atol=1e-6)
-    assert variant_program(rewritten, "full", original) is original
-
-
-def _variants() -> tuple[Any, ...]:
-    return ("windows", "full", "paper", "regrouped")
-
-
-def test_only_windows_keep_the_op_and_the_paper_attends_twice() -> None:
-    layer = AttentionLayer.by_tokens(ARGS, heads=2, head_dim=8, dtype="float32")
-    macs = {}
-    for name in _variants():
-        program = variant_program(layer.program(), name)
-        has_op = any(node.target is WINDOW_ATTENTION for node in program.graph.nodes)
-        assert has_op == (name == "windows")
-        macs[name] = graph_macs(program.graph)
-    assert macs["full"] == 2 * 48 * 48 * 16
-    # Two branches of six windows of 8 tokens.
-    assert macs["windows"] == macs["paper"] == macs["regrouped"] == 2 * 2 * 6 * 8 * 8 * 16
-
-
-def test_layers_of_a_program_are_told_apart_by_pattern_and_counted(programs: tuple[Program, Program]) -> None:
-    layers = attention_layers(programs[1])
-    assert [(str(layer.args.pattern), number) for layer, number in layers.items()] == [("(2,1,1)", 1), ("(1,2,3)", 1)]
-    # q is a view of [B, S, N, D], as models have it.
-    assert all(layer.forms[0].order == (0, 2, 1, 3) for layer in layers)
-    assert all(layer.forms[0].shape == (1, 2, 48, 8) for layer in layers)
-
-
-def test_a_layer_computes_what_the_op_does_on_tokens_as_they_are_stored() -> None:
-    q, k, v = (torch.randn(1, 48, 2, 8) for _ in range(3))
-    program = AttentionLayer.by_tokens(ARGS, heads=2, head_dim=8, dtype="float32").program()
-    expected = WINDOW_ATTENTION(*(x.transpose(1, 2) for x in (q, k, v)), *ARGS.as_op_args())
-    torch.testing.assert_close(_call(program, q, k, v), expected.transpose(1, 2), rtol=0, atol=0)
-
-
-def test_a_masked_layer_has_a_mask_of_its_own() -> None:
-    args = WindowAttentionArgs(ARGS.grid, ARGS.pattern, suffix=3)
-    form = TensorForm((1, 2, 51, 8), "float32", (0, 2, 1, 3))
-    layer = AttentionLayer(args, (form, form, form, TensorForm((1, 1, 1, 51), "bool", (0, 1, 2, 3))))
-    q, k, v = (torch.randn(1, 51, 2, 8) for _ in range(3))
-    mask = torch.ones(1, 1, 1, 51, dtype=torch.bool)
-    mask[..., -1] = False
-    expected = WINDOW_ATTENTION(*(x.transpose(1, 2) for x in (q, k, v)), *args.as_op_args(), mask=mask)
-    torch.testing.assert_close(_call(layer.program(), q, k, v, mask), expected.transpose(1, 2), rtol=0, atol=0)
-
-
-def test_form_of_a_tensor_is_its_order_in_memory() -> None:
-    x = torch.randn(2, 5, 3, 4).transpose(1, 2)
-    form = TensorForm.of(x)
-    assert (form.shape, form.stored_shape) == ((2, 3, 5, 4), (2, 5, 3, 4))
-    assert form.view(torch.empty(form.stored_shape)).stride() == x.stride()
-
-
-def test_a_program_without_the_op_cannot_be_compared(programs: tuple[Program, Program]) -> None:
-    with pytest.raises(PlanError, match="no t3::window_attention"):
-        Workload.of_model("x", programs[0])
-
-
-# --- outputs -------------------------------------------------------------------------------------
-
-
-def _saved(path: Path, *tensors: Tensor) -> Path:
-    torch.save(list(tensors), path)
-    return path
-
-
-def test_differences_are_the_largest_over_all_outputs(tmp_path: Path) -> None:
-    a, b = torch.tensor([1.0, -4.0]), torch.tensor([[2.0]])
-    reference = _saved(tmp_path / "r", a, b)
-    assert largest_difference(_saved(tmp_path / "same", a, b), reference) == (0.0, 4.0)
-    assert largest_difference(_saved(tmp_path / "off", a, b + 0.5), reference) == (0.5, 4.0)
-    assert largest_difference(_saved(tmp_path / "nan", a * math.nan, b), reference)[0] == math.inf
-    assert largest_difference(_saved(tmp_path / "short", a), reference)[0] == math.inf
-    assert largest_difference(_saved(tmp_path / "row", a, b[0]), reference)[0] == math.inf
-
-
-def test_what_is_allowed_tells_rounding_from_another_function() -> None:
-    assert allowed_difference("float32", 2.0) == pytest.approx(2 * 2**-11.5)
-    assert allowed_difference("bfloat16", 1.0) == pytest.approx(2**-3.5)
+    return two_layer_programs()
 
 
 # --- processes -----------------------------------------------------------------------------------
@@ -343,18 +217,6 @@ def test_processes_of_their_own_measure_torch_and_onnxruntime() -> None:
     assert peak.flops_per_s > 1e8
 
 
-def test_a_whole_model_is_the_same_in_onnxruntime(
-    programs: tuple[Program, Program], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(run_benchmark, "child_process", InThisProcess)
-    settings = BenchSettings(against=(), runtimes=("torch", "ort"), subjects=("model",), repeats=1)
-    found = bench([Workload.of_model("tiny", *reversed(programs))], settings)
-    (difference,) = found.differences
-    assert (difference.variant, difference.runtime) == ("windows", "ort")
-    assert difference.passed
-    assert difference.magnitude > 0.1
-
-
 def test_a_process_that_dies_is_reported_and_the_others_go_on(
     programs: tuple[Program, Program], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -366,6 +228,7 @@ def test_a_process_that_dies_is_reported_and_the_others_go_on(
         return ask(self, request, **fields)
 
     monkeypatch.setattr(ChildProcess, "ask", dying)
+    monkeypatch.setattr(run_benchmark._Run, "_measure_peak", lambda *_: None)
     settings = BenchSettings(against=("paper",), subjects=("model",), repeats=2)
     found = bench([Workload.of_model("tiny", *reversed(programs))], settings)
     (gone,) = found.not_run
@@ -423,12 +286,16 @@ def test_a_rewritten_file_is_measured_by_one_command(
     monkeypatch.setattr(run_benchmark, "child_process", InThisProcess)
     file = programs[1].save(tmp_path / "windows.pt2")
     output = tmp_path / "report.json"
-    result = _bench(file, "--runtime", "torch", "--repeats", "2", "--what", "model", "-o", output, "--json")
+    options = ("--runtime", "torch,ort", "--against", "full", "--what", "model", "--repeats", "1")
+    result = _bench(file, *options, "-o", output, "--json")
     assert result.exit_code == 0, (result.output, result.exception)
     printed = json.loads(result.stdout)
     assert printed == json.loads(output.read_text())
     found = BenchReport.from_json(printed)
-    assert {m.variant for m in found.measurements} == {"windows", "full", "paper"}
+    assert {m.variant for m in found.measurements} == {"windows", "full"}
+    (same,) = (d for d in found.differences if d.allowed is not None)
+    assert (same.variant, same.runtime, same.passed) == ("windows", "ort", True)
+    assert same.magnitude > 0.1
     # Full attention was put back into the file's own graph.
     full, windows = (found.find("as given", "model", "model", v, "torch") for v in ("full", "windows"))
     assert full is not None
@@ -436,22 +303,34 @@ def test_a_rewritten_file_is_measured_by_one_command(
     assert full.macs > windows.macs
 
 
-def test_markdown_has_every_table(
-    programs: tuple[Program, Program], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_folder_is_measured_at_several_sizes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run_benchmark, "child_process", InThisProcess)
-    monkeypatch.setattr(
-        "t3compile.cli.bench_command._workloads", lambda _: [Workload.of_model("tiny", *reversed(programs))]
-    )
-    result = _bench("x", "--runtime", "torch", "--repeats", "1", "--against", "paper", "--markdown")
+    config = {
+        "_class_name": "WanTransformer3DModel",
+        "patch_size": [1, 2, 2],
+        "num_attention_heads": 2,
+        "attention_head_dim": 12,
+        "in_channels": 4,
+        "out_channels": 4,
+        "text_dim": 16,
+        "freq_dim": 16,
+        "ffn_dim": 32,
+        "num_layers": 1,
+        "cross_attn_norm": True,
+        "qk_norm": "rms_norm_across_heads",
+        "rope_max_seq_len": 64,
+    }
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    options = ("--random-weights", "--text-tokens", "7", "--runtime", "torch", "--repeats", "1", "--what", "attention")
+    sizes = ("--sizes", "9x64x96,5x64x96", "--schedule", "1,2,2", "--against", "paper")
+    result = _bench(tmp_path, *options, *sizes, "--json")
     assert result.exit_code == 0, (result.output, result.exception)
-    titles = [line for line in result.stdout.splitlines() if line.startswith("**")]
-    assert [title.split(",")[0].strip("*") for title in titles] == [
-        "Attention",
-        "Whole model",
-        "Processes: resident memory",
-        "Outputs beside the rewritten program's",
-    ]
+    found = BenchReport.from_json(json.loads(result.stdout))
+    assert found.groups() == (("9x64x96", "attention"), ("5x64x96", "attention"))
+    assert found.cases("5x64x96", "attention") == ("(1,2,2) on 2x4x6", TOTAL)
+    result = _bench(tmp_path, *options, *sizes, "--frames", "9")
+    assert result.exit_code == 2
+    assert "leave out --frames" in result.stderr
 
 
 def test_sizes_of_a_file_are_its_own(programs: tuple[Program, Program], tmp_path: Path) -> None:

@@ -367,6 +367,34 @@ def test_without_a_gpu_nothing_is_measured_on_one(monkeypatch: pytest.MonkeyPatc
     assert "torch sees no CUDA device" in result.stderr
 
 
+def test_the_command_shows_what_was_measured(
+    report: BenchReport, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("t3compile.benchmark.run_benchmark.bench", lambda *_, **__: report)
+    monkeypatch.setattr("t3compile.cli.bench_command._workloads", lambda _: [])
+    output = tmp_path / "report.json"
+    shown = _bench("x", "--markdown", "-o", output)
+    assert shown.exit_code == 0
+    titles = [line.strip("*").partition(",")[0] for line in shown.stdout.splitlines() if line.startswith("**")]
+    assert titles == [table.title.partition(",")[0] for table in bench_tables(report)]
+    assert f"{report.machine}; {report.date}" in shown.stdout
+    assert "note: a note" in shown.stderr
+    assert "not run: trt: no GPU" in shown.stderr
+    assert BenchReport.from_json(json.loads(output.read_text())) == report
+    plain = _bench("x")
+    assert "Whole model, 480p:25" in plain.stdout
+    assert "**" not in plain.stdout
+
+
+def test_another_function_is_an_error_with_exit_code_1(report: BenchReport, monkeypatch: pytest.MonkeyPatch) -> None:
+    wrong = replace(report, differences=(replace(report.differences[0], error=0.5),))
+    monkeypatch.setattr("t3compile.benchmark.run_benchmark.bench", lambda *_, **__: wrong)
+    monkeypatch.setattr("t3compile.cli.bench_command._workloads", lambda _: [])
+    result = _bench("x")
+    assert result.exit_code == 1
+    assert "paper in torch is another function, largest difference 0.5 at magnitude 1" in result.stderr
+
+
 # --- the suite -----------------------------------------------------------------------------------
 
 

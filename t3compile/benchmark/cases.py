@@ -4,13 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Literal, get_args
 
-from t3compile.benchmark.variants import AttentionLayer, Variant, attention_layers, variant_program
+from t3compile.benchmark.names import Subject, Variant
+from t3compile.benchmark.variants import AttentionLayer, attention_layers, variant_program
 from t3compile.program import Program
-
-Subject = Literal["attention", "model"]
-SUBJECTS: tuple[Subject, ...] = get_args(Subject)
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,7 @@ def _load_torch(request: LoadRequest) -> Target:
     from t3compile.loading import load_program
 
     program = load_program(request.path, weights=list(request.weights) or None)
-    program, module = _module_on(program, request.device)
+    program, module = module_on(program, request.device)
     if request.runtime == "compile":
         module = torch.compile(module)
     named = _inputs(request, program_inputs(program), request.device)
@@ -65,7 +65,7 @@ def _load_torch(request: LoadRequest) -> Target:
     return Target(call, stopwatch_for(request.runtime, request.device), f"{name}, {request.device}")
 
 
-def _module_on(program: Program, device: str) -> tuple[Program, Callable[..., Any]]:
+def module_on(program: Program, device: str) -> tuple[Program, Callable[..., Any]]:
     """The program's module with weights, constants and the devices that its calls name on ``device``."""
     if device == "cpu":
         return program, program.module()

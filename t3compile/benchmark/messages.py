@@ -3,12 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
 
-Device = Literal["cpu", "cuda"]
-# "torch" eager, "compile" torch.compile, "ort" onnxruntime, "aoti" AOTInductor, "trt" TensorRT.
-RuntimeName = Literal["torch", "compile", "ort", "aoti", "trt"]
-RUNTIMES: tuple[RuntimeName, ...] = ("torch", "compile", "ort", "aoti", "trt")
+from t3compile.benchmark.names import Device, RuntimeName
 
 
 @dataclass(frozen=True)

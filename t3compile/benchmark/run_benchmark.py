@@ -11,13 +11,13 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 
 from t3compile.benchmark.bench_report import BenchReport, Difference, Measurement, NotRun, ProcessRecord
-from t3compile.benchmark.cases import SUBJECTS, Case, Subject, Workload, notes_on_paper
+from t3compile.benchmark.cases import Case, Workload, notes_on_paper
 from t3compile.benchmark.child_process import ChildProcess, WorkerDied, child_process
 from t3compile.benchmark.compare_outputs import allowed_difference, largest_difference
 from t3compile.benchmark.machine import installed_versions, this_machine
-from t3compile.benchmark.messages import Device, LoadRequest, MatrixPeak, Memory, RuntimeName, WarmAnswer
+from t3compile.benchmark.messages import LoadRequest, MatrixPeak, Memory, WarmAnswer
+from t3compile.benchmark.names import SAME_FUNCTION, SUBJECTS, Device, RuntimeName, Subject, Variant
 from t3compile.benchmark.turns import Lane, measure_in_turns
-from t3compile.benchmark.variants import SAME_FUNCTION, Variant
 from t3compile.benchmark.write_target import check_runtime, write_inputs, write_target
 from t3compile.errors import EngineError, T3CompileError
 from t3compile.macs import graph_macs

@@ -104,7 +104,7 @@ def _model_table(report: BenchReport, label: str) -> Table:
         "runtime",
         "variant",
         "one forward pass (ms)",
-        "windows are",
+        "gain of windows",
         "MACs",
         "GFLOP/s",
         "of peak",

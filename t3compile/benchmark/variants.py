@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from t3compile.benchmark.names import Variant
 from t3compile.errors import PlanError
 from t3compile.geometry import Splits
 from t3compile.ops import WINDOW_ATTENTION, WindowAttentionArgs, WindowAttentionCall
@@ -17,13 +17,6 @@ from t3compile.ops.regrouped_attention import window_attention
 from t3compile.passes.lower_window_attention import LowerWindowAttention
 from t3compile.pattern import WindowPattern
 from t3compile.program import Program, trace
-
-# "windows" the rewritten program, "full" attention over everything, "paper" the paper's own formulation, "regrouped"
-# the rewritten program lowered to torch's own calls: on a GPU that is what the kernel replaces.
-Variant = Literal["windows", "full", "paper", "regrouped"]
-VARIANTS: tuple[Variant, ...] = get_args(Variant)
-# They compute what the rewritten program does; full attention is another function.
-SAME_FUNCTION: tuple[Variant, ...] = ("windows", "paper", "regrouped")
 
 
 def variant_program(rewritten: Program, variant: Variant, original: Program | None = None) -> Program:

@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from t3compile.aoti import export_aoti
-from t3compile.benchmark.messages import Device, LoadRequest, RuntimeName
+from t3compile.benchmark.messages import LoadRequest
+from t3compile.benchmark.names import Device, RuntimeName
 from t3compile.building import build_engine
 from t3compile.errors import EngineError, MissingExtraError
 from t3compile.export.write_aoti import check_compiler

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from t3compile.benchmark.names import RUNTIMES, SUBJECTS, VARIANTS
 from t3compile.cli.options import (
     CHECK_FAILED,
     grid_option,
@@ -26,9 +27,8 @@ if TYPE_CHECKING:
     from t3compile.benchmark.bench_report import BenchReport
     from t3compile.benchmark.cases import Workload
 
-_AGAINST = ("full", "paper", "regrouped")
-_RUNTIMES = ("torch", "compile", "ort", "aoti", "trt")
-_SUBJECTS = ("attention", "model")
+# The rewritten program itself is always measured.
+_AGAINST = tuple(name for name in VARIANTS if name != "windows")
 
 
 def _choices(known: tuple[str, ...]) -> Callable[[click.Context, click.Parameter, str], tuple[str, ...]]:
@@ -65,7 +65,7 @@ def _choices(known: tuple[str, ...]) -> Callable[[click.Context, click.Parameter
     default="torch,ort",
     show_default=True,
     metavar="NAMES",
-    callback=_choices(_RUNTIMES),
+    callback=_choices(RUNTIMES),
     help="torch (eager), compile (torch.compile), ort (onnxruntime), aoti (AOTInductor), trt (TensorRT).",
 )
 @click.option(
@@ -79,7 +79,7 @@ def _choices(known: tuple[str, ...]) -> Callable[[click.Context, click.Parameter
     default="attention,model",
     show_default=True,
     metavar="NAMES",
-    callback=_choices(_SUBJECTS),
+    callback=_choices(SUBJECTS),
     help="attention: every pattern by itself, and all layers together; model: whole forward passes.",
 )
 @click.option("--device", type=click.Choice(["cpu", "cuda"]), default="cpu", show_default=True)
