@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from t3compile.errors import KernelError
+from t3compile.ops.cpu_attention import cpu_window_attention
 from t3compile.ops.dispatch import PathChoice, choose_path, note_path
 from t3compile.ops.launch_kernel import launch_kernel
 from t3compile.ops.regrouped_attention import window_attention
@@ -120,7 +121,10 @@ def _kernel(
             warnings.warn(f"{OP_NAME}: {error}; tokens are regrouped instead", stacklevel=2)
             choice = PathChoice("regrouped", str(error))
     note_path(choice, q, k, args)
-    return window_attention(q, k, v, args, mask) if out is None else out
+    if out is not None:
+        return out
+    on_cpu = all(x.device.type == "cpu" for x in (q, k, v) + (() if mask is None else (mask,)))
+    return (cpu_window_attention if on_cpu else window_attention)(q, k, v, args, mask)
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *op_args: Any, **named: Any) -> Tensor:
