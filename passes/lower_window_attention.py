@@ -3,7 +3,7 @@
 Input graph:
     out = t3.window_attention(q, k, v, grid, splits, branches, ..., mask=m)
 Output graph:
-    the regrouping of ops.regrouped_attention: views, permutes, cat, one scaled_dot_product_attention per window size
+    the body of ops.lowered_attention: views, permutes, cat, a scaled_dot_product_attention per branch and window size
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from torch import fx
 
 from t3compile.errors import RewriteError
-from t3compile.ops import WINDOW_ATTENTION, WindowAttention, WindowAttentionCall
+from t3compile.ops import WINDOW_ATTENTION, LoweredWindowAttention, WindowAttentionCall
 from t3compile.passes.graph_pass import GraphPass, inline_graph
 from t3compile.program import Program, trace
 
@@ -30,7 +30,7 @@ class LowerWindowAttention(GraphPass):
             values = tuple(x.meta["val"] for x in call.tensors)
             key = (call.args, *((tuple(x.shape), x.stride(), x.dtype) for x in values))
             if key not in bodies:
-                bodies[key] = trace(WindowAttention(call.args), values).graph
+                bodies[key] = trace(LoweredWindowAttention(call.args), values).graph
             inline_graph(node, call.tensors, bodies[key])
         return bool(calls)
 

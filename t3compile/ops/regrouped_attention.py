@@ -21,7 +21,7 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, args: WindowAttentionArgs,
     q [B, N, Sq, D], k and v [B, N/g, S, D], mask broadcastable to [B, N, Sq, S]. Both branches run in one call,
     stacked along the batch.
     """
-    k, v = (_repeat_heads(x, q.shape[1]) for x in (k, v))
+    k, v = (repeat_heads(x, q.shape[1]) for x in (k, v))
     if mask is not None:
         mask = mask[(None,) * (4 - mask.dim())]
     if args.pattern.is_full():
@@ -46,7 +46,7 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, args: WindowAttentionArgs,
     merged = [ungroup(results, grid, splits, branch) for results, branch in zip(by_branch, branches, strict=True)]
     mean = merged[0] if len(merged) == 1 else (merged[0] + merged[1]) * 0.5
     by_token = mean.flatten(0, 2).unflatten(1, q.shape[:2]).transpose(0, 1)  # [B, G, N, Dv]
-    return _with_extra_queries(by_token, q, k, v, mask, args).contiguous().transpose(1, 2)
+    return with_extra_queries(by_token, q, k, v, mask, args).contiguous().transpose(1, 2)
 
 
 class WindowAttention(nn.Module):
@@ -60,7 +60,7 @@ class WindowAttention(nn.Module):
         return window_attention(q, k, v, self.args, mask)
 
 
-def _repeat_heads(x: Tensor, heads: int) -> Tensor:
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
     """[B, N/g, S, D] -> [B, N, S, D]: g queries' heads in a row share one of the keys' and values'."""
     if x.shape[1] == heads:
         return x
@@ -130,7 +130,7 @@ def _attend_in_windows(q: Tensor, k: Tensor, v: Tensor, extra_mask: Tensor | Non
     return out.reshape(branches, -1, *out.shape[2:])
 
 
-def _with_extra_queries(
+def with_extra_queries(
     grid_out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, args: WindowAttentionArgs
 ) -> Tensor:
     """[B, G, N, Dv] -> [B, Sq, N, Dv]: queries outside the grid attend to all keys that their mask shows."""
