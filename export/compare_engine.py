@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -11,8 +12,25 @@ from torch import Tensor
 from t3compile.execute import execute, run_work
 from t3compile.macs import graph_macs
 from t3compile.program import Program
-from t3compile.progress import SILENT, Progress
+from t3compile.progress import SILENT, Advance, Progress, unmeasured
 from t3compile.verification import Check, CheckKind, derived_check
+
+
+@dataclass(frozen=True)
+class Distance:
+    """How far an output is from that of the weights as they were: a figure, which nothing allows or forbids.
+
+    ``error`` is the largest absolute difference from the float64 run, ``magnitude`` the reference's largest absolute
+    value, ``relative`` the root mean square of the differences over that of the reference.
+    """
+
+    name: str
+    error: float
+    magnitude: float
+    relative: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
 
 
 def compare_engine(
@@ -28,12 +46,43 @@ def compare_engine(
     rounding step, if that is larger: a model that magnifies rounding does so in every runtime.
     """
     macs = graph_macs(program.graph)
-    with progress.measure(macs + run_work(program) + 2 * run_work(program, float64=True), "MACs") as advance:
+    with progress.measure(macs + comparison_work(program), "MACs") as advance:
         ours = engine(**inputs)
         advance(macs)
-        plain = execute(program, inputs, advance=advance)
-        exact = execute(program, inputs, float64=True, advance=advance)
-        moved = execute(program, _moved(inputs), float64=True, advance=advance)
+        return compare_outputs(ours, program, inputs, kind, advance)
+
+
+def comparison_work(program: Program) -> int:
+    """What compare_outputs reports in all, in MACs."""
+    return run_work(program) + 2 * run_work(program, float64=True)
+
+
+def measure_distance(
+    ours: Any, program: Program, inputs: Mapping[str, Tensor], advance: Advance = unmeasured
+) -> tuple[Distance, ...]:
+    """One distance per floating output of an engine: from the float64 run of the program."""
+    exact = execute(program, inputs, float64=True, advance=advance)
+    outputs = ours if isinstance(ours, tuple) else (ours,)
+    return tuple(
+        _distance(f"output {i}", _real(a.cpu()), _real(b))
+        for i, (a, b) in enumerate(zip(outputs, exact, strict=True))
+        if a.is_floating_point() or a.is_complex()
+    )
+
+
+def _distance(name: str, ours: Tensor, exact: Tensor) -> Distance:
+    difference, reference = ours.double() - exact.double(), exact.double()
+    relative = float(difference.square().mean().sqrt() / reference.square().mean().sqrt())
+    return Distance(name, float(difference.abs().max()), float(reference.abs().max()), relative)
+
+
+def compare_outputs(
+    ours: Any, program: Program, inputs: Mapping[str, Tensor], kind: CheckKind, advance: Advance = unmeasured
+) -> tuple[Check, ...]:
+    """compare_engine for what the engine returned."""
+    plain = execute(program, inputs, advance=advance)
+    exact = execute(program, inputs, float64=True, advance=advance)
+    moved = execute(program, _moved(inputs), float64=True, advance=advance)
     outputs = ours if isinstance(ours, tuple) else (ours,)
     return tuple(
         derived_check(kind, f"output {i}", _real(a.cpu()), (_real(b), _real(d)), _real(c))
