@@ -73,6 +73,8 @@ DIRECT_MACS = 5 * 10**10
 # ... unless there is none: a saved graph has one size, and is worth a longer check.
 SAVED_DIRECT_MACS = 5 * 10**11
 SMALL_GRID = TokenGrid(3, 6, 7)
+# Above this many a pass, the check on the small grid is only run where it is asked for.
+SMALL_GRID_MACS = 5 * 10**11
 
 ONNX_LEGALIZATION: tuple[GraphPass, ...] = (
     SpellFlexAttention(),  # first: its masks may be constants to fold
@@ -163,7 +165,7 @@ def verify(
         case = _Case(program, survey, plan, rewritten)
     else:
         progress("retracing on a small grid")
-        small = _small_case(program, survey, plan, None if thorough else SAVED_DIRECT_MACS)
+        small = _small_case(program, survey, plan, None if thorough else SMALL_GRID_MACS)
         if isinstance(small, str):
             not_run.append(f"whole-model checks: {small}")
         else:

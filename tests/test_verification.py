@@ -130,6 +130,17 @@ def test_a_large_grid_is_checked_small_and_pattern_by_pattern(large: Case) -> No
     assert seen.steps[-1] == "pattern (1,3,5) on 4x7x10"
 
 
+def test_what_is_too_large_on_a_small_grid_too_is_run_only_when_asked_for(
+    large: Case, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("t3compile.pipeline.SMALL_GRID_MACS", 0)
+    report = verify(large.program, large.rewritten, large.plan)
+    assert _kinds(report) == ["graph", "weights", "pattern", "pattern"]
+    (reason,) = report.not_run
+    assert "verify --thorough" in reason
+    assert "model" in _kinds(verify(large.program, large.rewritten, large.plan, thorough=True))
+
+
 def test_a_saved_graph_that_is_too_large_says_what_was_not_run(large: Case, tmp_path: Path) -> None:
     program = load_program(large.program.save(tmp_path / "large.pt2"))
     report = verify(program, rewrite(program, large.plan), large.plan)
