@@ -7,13 +7,13 @@ unfinished.
 
 from __future__ import annotations
 
-import _thread
 import os
 import select
 import shutil
 import signal
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -134,7 +134,9 @@ def _raising_again(watcher: _Watcher, hook: Callable[[Any], Any]) -> Callable[[A
             hook(unraisable)
             return
         watcher.expect_repetition()
-        timer = threading.Timer(_RETRY_S, _thread.interrupt_main, (stopped.number,))
+        main = threading.main_thread().ident
+        # A real signal: it wakes a main thread that waits.
+        timer = threading.Timer(_RETRY_S, signal.pthread_kill, (main, stopped.number))
         timer.daemon = True
         timer.start()
 
@@ -165,23 +167,29 @@ class _Watcher:
         self._repetitions += 1
 
     def _watch(self) -> None:
-        number = self._next()
+        number = self._next(None)
         if number is None:
             return
         end_children()
-        if select.select([self._read], [], [], _GRACE_S)[0] and self._next() is None:
-            return
-        _end(number)
+        # The second signal, or none in time; in between the command may have ended.
+        if self._next(_GRACE_S) is not None:
+            _end(number)
 
-    def _next(self) -> int | None:
-        """The number of the next signal; None once there will be none."""
-        while data := os.read(self._read, 1):
+    def _next(self, within_s: float | None) -> int | None:
+        """The number of the next signal, 0 where none came in time; None once there will be none."""
+        deadline = None if within_s is None else time.monotonic() + within_s
+        while True:
+            left = None if deadline is None else max(0.0, deadline - time.monotonic())
+            if not select.select([self._read], [], [], left)[0]:
+                return 0
+            data = os.read(self._read, 1)
+            if not data:
+                return None
             if data[0] not in _SIGNALS:
                 continue
             if not self._repetitions:
                 return data[0]
             self._repetitions -= 1
-        return None
 
 
 def _end(number: int) -> None:

@@ -1,10 +1,9 @@
-"""The command line: the whole line, results on stdout and messages on stderr, exit codes, stopping, missing extras."""
+"""The command line: the whole line, results on stdout and messages on stderr, exit codes, missing extras."""
 
 from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -483,48 +482,3 @@ def test_a_missing_extra_is_named(
     assert len(errors) == 1
     assert f"'{package}'" in errors[0]
     assert f"pip install 't3compile[{extra}]'" in errors[0]
-
-
-# --- stopping ------------------------------------------------------------------------------------
-
-# torch.export.save takes long enough for a signal to arrive in the middle of a half written file.
-_SLOW_SAVE = """
-import time, torch
-def slow(program, target, **options):
-    with open(target, "wb") as file:
-        file.write(b"half")
-    print("writing", flush=True)
-    time.sleep(60)
-torch.export.save = slow
-from t3compile.cli import main
-main()
-"""
-
-
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT], ids=["SIGTERM", "SIGINT"])
-def test_a_stopped_rewrite_leaves_nothing(number: signal.Signals, source: tuple[str, ...], tmp_path: Path) -> None:
-    output = tmp_path / "x.pt2"
-    output.write_text("old")
-    arguments = ["rewrite", *source, "--schedule", "1,2,3", "--no-verify", "-o", str(output)]
-    process = subprocess.Popen(
-        [sys.executable, "-c", _SLOW_SAVE, *arguments],
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env=_environment(),
-    )
-    try:
-        assert process.stdout is not None
-        assert process.stdout.readline() == "writing\n"
-        staged = [file for file in tmp_path.rglob("*") if file.is_file() and file != output]
-        assert [file.read_text() for file in staged] == ["half"]
-        process.send_signal(number)
-        _, stderr = process.communicate(timeout=20)
-    finally:
-        process.kill()
-        process.communicate()
-    assert process.returncode == 128 + number
-    assert "stopped; nothing unfinished was left behind" in stderr
-    assert "Traceback" not in stderr
-    assert [file.name for file in tmp_path.iterdir()] == ["x.pt2"]
-    assert output.read_text() == "old"
