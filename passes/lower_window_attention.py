@@ -3,7 +3,7 @@
 Input graph:
     out = t3.window_attention(q, k, v, grid, splits, branches, ..., mask=m)
 Output graph:
-    the regrouping of ops.regrouped_attention: views, permutes, cat, one scaled_dot_product_attention per window size
+    the body of ops.lowered_attention: views, permutes, cat, a scaled_dot_product_attention per branch and window size
 """
 
 from __future__ import annotations
@@ -15,19 +15,19 @@ from torch import Tensor, fx, nn
 
 from t3compile.errors import RewriteError
 from t3compile.ops import WINDOW_ATTENTION, WindowAttentionArgs, WindowAttentionCall
-from t3compile.ops.regrouped_attention import window_attention
+from t3compile.ops.lowered_attention import lowered_window_attention
 from t3compile.passes.graph_pass import GraphPass, inline_graph
 from t3compile.program import Program, trace
 
-# Of q, k, v, the arguments and the mask, as ops.regrouped_attention.window_attention.
+# Of q, k, v, the arguments and the mask, as ops.lowered_attention.lowered_window_attention.
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, WindowAttentionArgs, Tensor | None], Tensor]
 
 
 @dataclass(frozen=True)
 class LowerWindowAttention(GraphPass):
-    """Inline the torch calls of ``body`` at every call: the op's own implementation, or another to compare it with."""
+    """Inline the torch calls of ``body`` at every call: that of ops.lowered_attention, or another to compare it with."""
 
-    body: AttentionFunction = window_attention
+    body: AttentionFunction = lowered_window_attention
 
     def apply(self, graph_module: fx.GraphModule, program: Program) -> bool:
         calls = [node for node in graph_module.graph.nodes if node.target is WINDOW_ATTENTION]

@@ -295,7 +295,7 @@ def test_masks_are_broadcast_over_windows(form: str, leading: tuple[int, int], m
     monkeypatch.setattr(implementation, "scaled_dot_product_attention", recorded)
     args = args_of((2, 6, 4), (1, 3, 2), suffix=5, query_suffix=0)
     q, k, v = stream_qkv(args, batch=2, heads=3)
-    WINDOW_ATTENTION(q, k, v, *args.as_op_args(), mask=masked_of(args, MASKS[form], heads=3))
+    implementation.window_attention(q, k, v, args, masked_of(args, MASKS[form], heads=3))
     masks = leading[0] if form != "bool-shared" else 1
     assert seen == [((*leading, 8, 8), (masks, 1, 1, 8 + 5))]
 
@@ -377,7 +377,7 @@ def test_one_window_is_full_attention_bit_for_bit(extra: tuple[int, int], scale:
 
 @pytest.fixture
 def attention_calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
-    """Shapes of the queries of every scaled_dot_product_attention that the op runs."""
+    """Shapes of the queries of every scaled_dot_product_attention of the differentiable form."""
     calls: list[tuple[int, ...]] = []
 
     def counted(q: Tensor, k: Tensor, v: Tensor, **options: Any) -> Tensor:
@@ -411,7 +411,7 @@ def test_calls_of_attention(
 ) -> None:
     """Coinciding branches are computed once; different ones share one call per window size."""
     q, k, v = (x.float() for x in random_qkv(math.prod(grid) + extra, batch=2, heads=3))
-    WINDOW_ATTENTION(q, k, v, *args_of(grid, splits, prefix=extra).as_op_args())
+    implementation.window_attention(q, k, v, args_of(grid, splits, prefix=extra))
     assert attention_calls == expected
 
 

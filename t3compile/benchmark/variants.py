@@ -29,7 +29,7 @@ def variant_program(rewritten: Program, variant: Variant, original: Program | No
         case "paper":
             return LowerWindowAttention(paper_window_attention)(rewritten).program
         case "regrouped":
-            return LowerWindowAttention()(rewritten).program
+            return LowerWindowAttention(window_attention)(rewritten).program
 
 
 def _full_attention(q: Tensor, k: Tensor, v: Tensor, args: WindowAttentionArgs, mask: Tensor | None = None) -> Tensor:

@@ -100,8 +100,24 @@ def ungroup(windows: Sequence[Tensor], grid: TokenGrid, splits: Splits, branch: 
     if len(pieces) == 1:
         (x,) = pieces
         return x.reshape(*grid.sizes, *x.shape[-2:]).contiguous()
+    return _join(pieces, grid, splits, branch, first=0).contiguous()
+
+
+def ungroup_tokens(windows: Sequence[Tensor], grid: TokenGrid, splits: Splits, branch: Branch) -> Tensor:
+    """Inverse of group that leaves the first axis first: one tensor per box -> [M, T, H, W, D]."""
+    order = (1, 4, 2, 5, 3, 6) if branch == "local" else (4, 1, 5, 2, 6, 3)
+    pieces = [x.permute(0, *order, 7) for x in windows]
+    if len(pieces) == 1:
+        (x,) = pieces
+        return x.reshape(x.shape[0], *grid.sizes, x.shape[-1])
+    return _join(pieces, grid, splits, branch, first=1)
+
+
+def _join(pieces: list[Tensor], grid: TokenGrid, splits: Splits, branch: Branch, first: int) -> Tensor:
+    """Boxes whose axes (part, size), or the reverse, stand in pairs from ``first`` on -> one grid."""
     for axis in reversed(range(3)):
         runs = len(part_runs(grid.sizes[axis], splits.counts[axis]))
-        pieces = [_join_axis(pieces[start : start + runs], 2 * axis, branch) for start in range(0, len(pieces), runs)]
+        dim = first + 2 * axis
+        pieces = [_join_axis(pieces[start : start + runs], dim, branch) for start in range(0, len(pieces), runs)]
     (x,) = pieces
-    return x.contiguous()
+    return x

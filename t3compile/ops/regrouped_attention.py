@@ -21,7 +21,7 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, args: WindowAttentionArgs,
     q [B, N, Sq, D], k and v [B, N/g, S, D], mask broadcastable to [B, N, Sq, S]. Both branches run in one call,
     stacked along the batch.
     """
-    k, v = (_repeat_heads(x, q.shape[1]) for x in (k, v))
+    k, v = (repeat_heads(x, q.shape[1]) for x in (k, v))
     if mask is not None:
         mask = mask[(None,) * (4 - mask.dim())]
     if args.pattern.is_full():
@@ -34,8 +34,8 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, args: WindowAttentionArgs,
     grid_qkv = [
         x.narrow(1, start, grid.tokens).unflatten(1, grid.sizes) for x, start in zip(folded, starts, strict=True)
     ]
-    extra_kv = [_around_grid(x, 1, args.prefix, args.suffix) for x in folded[1:]]
-    extra_mask = None if mask is None else _mask_of_grid_queries(mask, q.shape[:2], args)
+    extra_kv = [around_grid(x, 1, args.prefix, args.suffix) for x in folded[1:]]
+    extra_mask = None if mask is None else _fold_mask(extra_key_mask(mask, args), q.shape[:2])
     by_branch: list[list[Tensor]] = [[] for _ in branches]
     for box in boxes(grid, splits):
         q_w, k_w, v_w = (_stack_branches(x, grid, splits, branches, box) for x in grid_qkv)
@@ -46,7 +46,7 @@ def window_attention(q: Tensor, k: Tensor, v: Tensor, args: WindowAttentionArgs,
     merged = [ungroup(results, grid, splits, branch) for results, branch in zip(by_branch, branches, strict=True)]
     mean = merged[0] if len(merged) == 1 else (merged[0] + merged[1]) * 0.5
     by_token = mean.flatten(0, 2).unflatten(1, q.shape[:2]).transpose(0, 1)  # [B, G, N, Dv]
-    return _with_extra_queries(by_token, q, k, v, mask, args).contiguous().transpose(1, 2)
+    return with_extra_queries(by_token, q, k, v, mask, args).contiguous().transpose(1, 2)
 
 
 class WindowAttention(nn.Module):
@@ -60,7 +60,7 @@ class WindowAttention(nn.Module):
         return window_attention(q, k, v, self.args, mask)
 
 
-def _repeat_heads(x: Tensor, heads: int) -> Tensor:
+def repeat_heads(x: Tensor, heads: int) -> Tensor:
     """[B, N/g, S, D] -> [B, N, S, D]: g queries' heads in a row share one of the keys' and values'."""
     if x.shape[1] == heads:
         return x
@@ -75,7 +75,7 @@ def _stack_branches(x: Tensor, grid: TokenGrid, splits: Splits, branches: tuple[
     return stacked.reshape(len(branches), -1, box.window_tokens, x.shape[-1])
 
 
-def _around_grid(x: Tensor, dim: int, before: int, after: int) -> Tensor | None:
+def around_grid(x: Tensor, dim: int, before: int, after: int) -> Tensor | None:
     """The first and last tokens along ``dim``, or None where there are none outside the grid."""
     if before + after == 0:
         return None
@@ -92,18 +92,23 @@ def _append_extra(x: Tensor, extra: Tensor | None, box: Box, branches: int) -> T
     return torch.cat([x, spread.expand(branches, -1, -1, -1)], dim=2)
 
 
-def _mask_of_grid_queries(mask: Tensor, batch_and_heads: torch.Size, args: WindowAttentionArgs) -> Tensor | None:
-    """The row that all grid queries have, at the keys outside the grid, [1 or B or M, 1, 1, E]; None: all visible."""
+def extra_key_mask(mask: Tensor, args: WindowAttentionArgs) -> Tensor | None:
+    """The row that all grid queries have, at the keys outside the grid, [1 or B, 1 or N, 1, E]; None: all visible."""
     if mask.shape[3] == 1:
         return None  # the same at the keys of the grid, which are visible
     row = mask if mask.shape[2] == 1 else mask.narrow(2, args.query_prefix, 1)
-    extra = _around_grid(row, 3, args.prefix, args.suffix)
+    extra = around_grid(row, 3, args.prefix, args.suffix)
     if extra is not None and extra.dtype != torch.bool:
         # What is added at every key of the grid alike counts for nothing; the others are weighted against it.
         extra = extra - row.narrow(3, args.prefix, 1)
-    if extra is None or extra.shape[1] == 1:
-        return extra
-    return extra.expand(*batch_and_heads, -1, -1).flatten(0, 1).unsqueeze(1)
+    return extra
+
+
+def _fold_mask(mask: Tensor | None, batch_and_heads: torch.Size) -> Tensor | None:
+    """[1 or B, 1 or N, 1, E] -> [1 or B or M, 1, 1, E]."""
+    if mask is None or mask.shape[1] == 1:
+        return mask
+    return mask.expand(*batch_and_heads, -1, -1).flatten(0, 1).unsqueeze(1)
 
 
 def _attend_in_windows(q: Tensor, k: Tensor, v: Tensor, extra_mask: Tensor | None, scale: float | None) -> Tensor:
@@ -125,16 +130,16 @@ def _attend_in_windows(q: Tensor, k: Tensor, v: Tensor, extra_mask: Tensor | Non
     return out.reshape(branches, -1, *out.shape[2:])
 
 
-def _with_extra_queries(
+def with_extra_queries(
     grid_out: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, args: WindowAttentionArgs
 ) -> Tensor:
     """[B, G, N, Dv] -> [B, Sq, N, Dv]: queries outside the grid attend to all keys that their mask shows."""
     around = (args.query_prefix, args.query_suffix)
-    extra_q = _around_grid(q, 2, *around)
+    extra_q = around_grid(q, 2, *around)
     if extra_q is None:
         return grid_out
     if mask is not None and mask.shape[2] != 1:
-        mask = _around_grid(mask, 2, *around)
+        mask = around_grid(mask, 2, *around)
     out = scaled_dot_product_attention(extra_q, k, v, attn_mask=mask, scale=args.scale).transpose(1, 2)
     before, after = out.split(around, dim=1)
     return torch.cat([before, grid_out, after], dim=1)

@@ -10,7 +10,8 @@ prefix/suffix keys; a prefix/suffix query sees everything.
 tokens it must hide nothing (add one number everywhere), and all grid queries must have the same row: the op reads one
 of them, so the caller has to prove it. A query outside the grid that sees no key gets what torch's SDPA gives, 0.
 Differentiable once, but for the mask; the backward pass recomputes, and create_graph=True is refused.
-On CUDA tensors that it fits the Triton kernel runs, else SDPA on regrouped tokens: dispatch.py says which and why.
+On CUDA tensors that it fits the Triton kernel runs, else SDPA on regrouped tokens: dispatch.py says which and why; on
+CPUs a few windows at a time (cpu_attention.py). A gradient is always that of regrouped_attention.py.
 Source: arXiv 2512.13492; prefix/suffix tokens and masks over them are an own extension.
 """
 
@@ -25,6 +26,7 @@ import torch
 from torch import Tensor
 
 from t3compile.errors import KernelError
+from t3compile.ops.cpu_attention import cpu_window_attention
 from t3compile.ops.dispatch import PathChoice, choose_path, note_path
 from t3compile.ops.launch_kernel import launch_kernel
 from t3compile.ops.regrouped_attention import window_attention
@@ -120,7 +122,10 @@ def _kernel(
             warnings.warn(f"{OP_NAME}: {error}; tokens are regrouped instead", stacklevel=2)
             choice = PathChoice("regrouped", str(error))
     note_path(choice, q, k, args)
-    return window_attention(q, k, v, args, mask) if out is None else out
+    if out is not None:
+        return out
+    on_cpu = all(x.device.type == "cpu" for x in (q, k, v, mask) if x is not None)
+    return (cpu_window_attention if on_cpu else window_attention)(q, k, v, args, mask)
 
 
 def _fake(q: Tensor, k: Tensor, v: Tensor, *op_args: Any, **named: Any) -> Tensor:
