@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
@@ -13,6 +14,23 @@ from t3compile.program import Program
 from t3compile.verification import Check, CheckKind, derived_check
 
 
+@dataclass(frozen=True)
+class Distance:
+    """How far an output is from that of the weights as they were: a figure, which nothing allows or forbids.
+
+    ``error`` is the largest absolute difference from the float64 run, ``magnitude`` the reference's largest absolute
+    value, ``relative`` the root mean square of the differences over that of the reference.
+    """
+
+    name: str
+    error: float
+    magnitude: float
+    relative: float
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
 def compare_engine(
     engine: Callable[..., Any], program: Program, inputs: Mapping[str, Tensor], kind: CheckKind
 ) -> tuple[Check, ...]:
@@ -21,7 +39,28 @@ def compare_engine(
     What is allowed comes from torch's own error, or from the change of the float64 result when the inputs move by one
     rounding step, if that is larger: a model that magnifies rounding does so in every runtime.
     """
-    ours = engine(**inputs)
+    return compare_outputs(engine(**inputs), program, inputs, kind)
+
+
+def measure_distance(ours: Any, program: Program, inputs: Mapping[str, Tensor]) -> tuple[Distance, ...]:
+    """One distance per floating output of an engine: from the float64 run of the program."""
+    exact = execute(program, inputs, float64=True)
+    outputs = ours if isinstance(ours, tuple) else (ours,)
+    return tuple(
+        _distance(f"output {i}", _real(a.cpu()), _real(b))
+        for i, (a, b) in enumerate(zip(outputs, exact, strict=True))
+        if a.is_floating_point() or a.is_complex()
+    )
+
+
+def _distance(name: str, ours: Tensor, exact: Tensor) -> Distance:
+    difference, reference = ours.double() - exact.double(), exact.double()
+    relative = float(difference.square().mean().sqrt() / reference.square().mean().sqrt())
+    return Distance(name, float(difference.abs().max()), float(reference.abs().max()), relative)
+
+
+def compare_outputs(ours: Any, program: Program, inputs: Mapping[str, Tensor], kind: CheckKind) -> tuple[Check, ...]:
+    """compare_engine for what the engine returned."""
     plain = execute(program, inputs)
     exact = execute(program, inputs, float64=True)
     moved = execute(program, _moved(inputs), float64=True)

@@ -18,7 +18,8 @@ from collections.abc import Callable
 
 import onnx_ir as ir
 
-from t3compile.export.window_function import attention_into_products, constants_into_nodes
+from t3compile.export.attention_forms import attention_into_products, is_attention, is_plain
+from t3compile.export.window_function import constants_into_nodes
 
 
 def spell_operators(model: ir.Model, knows: Callable[[str], bool]) -> tuple[ir.Model, tuple[str, ...]]:
@@ -61,21 +62,7 @@ def _has(graph: ir.Graph, op_type: str) -> bool:
 
 
 def _all_plain(graph: ir.Graph) -> bool:
-    """Whether every Attention node has q, k, v [B, N, S, D] of equal heads and perhaps a mask, and nothing else."""
-    for node in graph:
-        if not _is(node, "Attention"):
-            continue
-        shapes = [None if value is None else value.shape for value in node.inputs[:3]]
-        if any(shape is None or len(shape) != 4 or not shape.is_static() for shape in shapes):
-            return False
-        if shapes[0][1] != shapes[1][1] or any(value is not None for value in node.inputs[4:]):  # type: ignore[index]
-            return False
-        if len(node.outputs) > 1 and any(output.uses() for output in node.outputs[1:]):
-            return False
-        numbers = {name: node.attributes[name].value for name in ("is_causal", "softcap") if name in node.attributes}
-        if any(numbers.values()) or node.outputs[0].shape is None:
-            return False
-    return True
+    return all(map(is_plain, filter(is_attention, graph)))
 
 
 def _spell_rms_norm(graph: ir.Graph, node: ir.Node) -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import onnx
@@ -15,17 +16,15 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from t3compile.archive import without_values
 from t3compile.errors import ExportError
+from t3compile.export.attention_forms import AttentionChoice, count_attention, spell_attention
 from t3compile.export.engine_inputs import FROZEN_PROPERTY
+from t3compile.export.fit_onnxruntime import fit_onnxruntime
+from t3compile.export.narrow_weights import narrow_weights
+from t3compile.export.quantize_weights import quantize_weights
+from t3compile.export.rounded_weights import Round, Rounding, WeightStorageKind
 from t3compile.export.store_weights import LazyWeight, WeightStorage, fold_transposes, needed_bytes, store_weights
 from t3compile.export.torch_onnx import export_graph
-from t3compile.export.window_function import (
-    DOMAIN,
-    OP_TYPE,
-    AttentionForm,
-    FunctionKey,
-    build_function,
-    read_key,
-)
+from t3compile.export.window_function import DOMAIN, OP_TYPE, FunctionKey, build_function, read_key
 from t3compile.files import staged_outputs
 from t3compile.inputs import frozen_arguments
 from t3compile.program import Program, copy_exported, user_input_names
@@ -35,35 +34,63 @@ PLAN_PROPERTY = "t3compile_plan"
 
 @dataclass(frozen=True)
 class WrittenOnnx:
-    """The functions' names and where the weights went."""
+    """The functions' names, how attention is spelled, where the weights went and what of them was rounded.
+
+    ``attention`` counts the calls of one run by operator. ``rounded`` are weights by name as the file stores them.
+    """
 
     functions: tuple[str, ...]
+    attention: Mapping[str, int]
     storage: WeightStorage
+    rounding: Rounding | None = None
+    rounded: Mapping[str, Round] = field(default_factory=dict)
 
 
 def write_onnx(
-    program: Program, path: Path, *, form: AttentionForm = "attention", inline: bool = False, share: bool = False
+    program: Program,
+    path: Path,
+    *,
+    form: AttentionChoice = "attention",
+    inline: bool = False,
+    share: bool = False,
+    weights: WeightStorageKind | None = None,
 ) -> WrittenOnnx:
     """Write ``path`` and ``path``.data, beside first, then renamed; checked by onnx.checker before.
 
-    ``inline`` writes the functions' bodies in place, for tools that do not know functions. ``share`` points into the
-    safetensors files that the weights come from wherever they hold the very bytes. One weight is held at a time.
+    ``form`` "auto" writes for onnxruntime on CPUs, without functions. ``inline`` writes the functions' bodies in place,
+    for tools that do not know functions. ``share`` points into the safetensors files that the weights come from
+    wherever they hold the very bytes. ``weights`` stores those of linear layers in fewer bits. One weight is held at a
+    time.
     """
-    needed = needed_bytes(program, path, share=share)
     model = to_onnx_model(program, form=form)
     extents = program.external_weights() if share else None
     fold_transposes(model, extents or ())
     functions = tuple(identifier[1] for identifier in model.functions)
-    if inline:
+    if form == "auto":
+        model = fit_onnxruntime(model)
+    elif inline:
         model = InlinePass()(model).model
+    rounding, rounded = (None, {}) if weights is None else _round_weights(model, weights)
+    attention = count_attention(model)
+    needed = needed_bytes(program, path, share=share)
+    if rounding is not None:
+        needed -= rounding.bytes_before - rounding.bytes_after
     with staged_outputs(path, needed_bytes=needed) as stage:
         storage = store_weights(model, path, stage, extents)
         ir.save(model, stage / path.name)
         _check(stage, path.name)
-    return WrittenOnnx(functions, storage)
+    return WrittenOnnx(functions, attention, storage, rounding, rounded)
 
 
-def to_onnx_model(program: Program, *, form: AttentionForm = "attention") -> ir.Model:
+def _round_weights(model: ir.Model, kind: WeightStorageKind) -> tuple[Rounding, dict[str, Round]]:
+    match kind:
+        case "float16" | "bfloat16":
+            return narrow_weights(model, kind)
+        case _:
+            return quantize_weights(model, kind)
+
+
+def to_onnx_model(program: Program, *, form: AttentionChoice = "attention") -> ir.Model:
     """The model in memory, from a legalized program: nodes t3::WindowAttention_<hash> and their functions.
 
     Weights are lazy: each is read when its values are asked for.
@@ -93,6 +120,8 @@ def to_onnx_model(program: Program, *, form: AttentionForm = "attention") -> ir.
             functions[key] = build_function(key)
             model.functions[functions[key].identifier()] = functions[key]
         _bind(node, key)
+    if form == "onnxruntime" and spell_attention(model.graph, form):
+        model.opset_imports["com.microsoft"] = 1
     if functions:
         model.opset_imports[DOMAIN] = 1
     for domain in {domain for f in functions.values() for domain in f.opset_imports}:

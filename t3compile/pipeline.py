@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence, Set
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -57,8 +57,11 @@ from t3compile.verification import (
 from t3compile.weights import Weights
 
 if TYPE_CHECKING:
+    from t3compile.export.compare_engine import Distance
     from t3compile.export.engine_inputs import Engine
+    from t3compile.export.rounded_weights import Rounding
     from t3compile.export.store_weights import WeightStorage
+    from t3compile.export.write_onnx import WrittenOnnx
 
 # Above this many MACs the whole-model check, some ten dense passes, runs on a small grid ...
 DIRECT_MACS = 5 * 10**10
@@ -282,7 +285,11 @@ def _distinct_patterns(plan: Plan, masked: Set[str]) -> list[SitePlan]:
 
 @dataclass(frozen=True)
 class ExportReport:
-    """What an export wrote, and how its runtime compares with torch, a check per output (None: not compared)."""
+    """What an export wrote, and how its runtime compares with torch, a check per output (None: not compared).
+
+    Where weights are stored rounded, torch has the same rounded weights in the comparison; ``distances`` say how far
+    the outputs are from those of the weights as they were. ``attention`` counts the ONNX file's calls by operator.
+    """
 
     path: str
     functions: tuple[str, ...]
@@ -290,6 +297,9 @@ class ExportReport:
     not_compared: str = ""
     notes: tuple[str, ...] = ()
     storage: WeightStorage | None = None
+    attention: Mapping[str, int] = field(default_factory=dict)
+    rounding: Rounding | None = None
+    distances: tuple[Distance, ...] = ()
 
     @property
     def passed(self) -> bool:
@@ -308,6 +318,9 @@ class ExportReport:
             "not_compared": self.not_compared,
             "notes": list(self.notes),
             "weights": None if self.storage is None else self.storage.to_json(),
+            "attention": dict(self.attention),
+            "rounding": None if self.rounding is None else self.rounding.to_json(),
+            "distances": [distance.to_json() for distance in self.distances],
         }
 
 
@@ -316,9 +329,10 @@ def export_onnx(
     path: str | Path,
     *,
     precision: Literal["float32", "float16", "bfloat16"] | None = None,
-    form: Literal["attention", "matmul", "onnxruntime"] = "attention",
+    form: Literal["attention", "matmul", "onnxruntime", "auto"] = "attention",
     inline: bool = False,
     share_weights: bool = False,
+    weights: Literal["float16", "bfloat16", "int8", "int8-dynamic"] | None = None,
     check: bool | None = None,
     progress: Progress = _silent,
 ) -> Path:
@@ -330,6 +344,7 @@ def export_onnx(
         form=form,
         inline=inline,
         share_weights=share_weights,
+        weights=weights,
         check=check,
         progress=progress,
     )
@@ -345,18 +360,22 @@ def export_onnx_report(
     path: str | Path,
     *,
     precision: Literal["float32", "float16", "bfloat16"] | None = None,
-    form: Literal["attention", "matmul", "onnxruntime"] = "attention",
+    form: Literal["attention", "matmul", "onnxruntime", "auto"] = "attention",
     inline: bool = False,
     share_weights: bool = False,
+    weights: Literal["float16", "bfloat16", "int8", "int8-dynamic"] | None = None,
     check: bool | None = None,
     progress: Progress = _silent,
 ) -> ExportReport:
     """Legalize, write and check an ONNX file; the program may be rewritten or not.
 
     ``precision`` "float16" or "bfloat16" stores matrix weights and runs matrix products in that; norms, RoPE, inputs
-    and outputs keep their dtypes. ``form`` spells attention inside the functions: opset-23 Attention, MatMul-Softmax,
-    or onnxruntime's own MultiHeadAttention. ``inline`` writes function bodies in place. ``share_weights`` points into
-    the safetensors files that the weights come from, where they hold the very bytes, instead of writing them again.
+    and outputs keep their dtypes. ``form`` spells attention: opset-23 Attention, MatMul-Softmax inside the functions,
+    onnxruntime's own MultiHeadAttention, or "auto", for onnxruntime on CPUs: by size, in a graph without functions that
+    is cleaned up for it. ``inline`` writes function bodies in place. ``share_weights`` points into the safetensors
+    files that the weights come from, where they hold the very bytes, instead of writing them again. ``weights`` stores
+    those of linear layers in 16 bits, computed in float32, or by onnxruntime's quantizer in 8 ("int8-dynamic":
+    multiplied in 8 too); ExportError together with ``share_weights``, or where there is no such float32 weight.
     ``check`` compares with torch in onnxruntime; None does so unless the model is too large to run here in a minute.
     """
     from t3compile.export.store_weights import needed_bytes
@@ -364,30 +383,51 @@ def export_onnx_report(
 
     path = Path(path)
     check_writable(path)
+    if weights is not None and share_weights:
+        raise ExportError(f"shared weights stay as they are and cannot be stored in {weights}: take one of the two")
     legal = program = in_precision(program, precision)
     program.require_weights()
-    check_space(path, needed_bytes(program, path, share=share_weights))
+    # Rounded weights take at least this share; what they take is checked again once it is known.
+    share = {None: 1, "float16": 2, "bfloat16": 2}.get(weights, 4)
+    check_space(path, needed_bytes(program, path, share=share_weights) // share)
     for legalize in ONNX_LEGALIZATION:
         legal = legalize(legal).program
     progress(f"writing {path.name}")
-    written = write_onnx(legal, path, form=form, inline=inline, share=share_weights)
-    notes = _block_list_notes(program) + _large_tensor_notes(legal) + written.storage.notes()
-    report = ExportReport(str(path), written.functions, None, "switched off", notes, written.storage)
+    written = write_onnx(legal, path, form=form, inline=inline, share=share_weights, weights=weights)
+    report = ExportReport(
+        str(path),
+        written.functions,
+        None,
+        "switched off",
+        _block_list_notes(program) + _large_tensor_notes(legal) + written.storage.notes(),
+        written.storage,
+        written.attention,
+        written.rounding,
+    )
     if check is False:
         return report
     if check is None and (reason := too_large_to_compare(program)):
         return replace(report, not_compared=reason)
-    from t3compile.export.compare_onnx import compare_onnx
-
     progress("comparing onnxruntime with torch")
     try:
-        comparison = compare_onnx(path, program, named_inputs(program))
+        return _compared(report, program, written)
     except MissingKernelError as error:
         if check:
             raise
         # bfloat16, for one, has no kernels on onnxruntime's CPU; the file is valid all the same.
         return replace(report, not_compared=str(error))
-    return replace(report, comparison=comparison, not_compared="")
+
+
+def _compared(report: ExportReport, program: Program, written: WrittenOnnx) -> ExportReport:
+    from t3compile.export.compare_onnx import compare_onnx, compare_rounded
+
+    path, inputs = Path(report.path), named_inputs(program)
+    if written.rounding is None:
+        return replace(report, comparison=compare_onnx(path, program, inputs), not_compared="")
+    is_exact = written.rounding.kind != "int8-dynamic"
+    compared = compare_rounded(path, program, written.rounded, inputs, exact_products=is_exact)
+    reason = "" if is_exact else "its products are rounded as the model runs, so no error is expected; see the distance"
+    return replace(report, comparison=compared.checks, not_compared=reason, distances=compared.distances)
 
 
 def too_large_to_compare(program: Program) -> str:

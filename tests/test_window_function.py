@@ -17,10 +17,9 @@ from torch import Tensor, nn
 
 from t3compile.errors import EngineError
 from t3compile.execute import execute
+from t3compile.export.attention_forms import ATTENTION_FORMS, AttentionForm
 from t3compile.export.window_function import (
-    ATTENTION_FORMS,
     CONFIGURATION_PROPERTY,
-    AttentionForm,
     FunctionKey,
     MaskKey,
     window_functions,

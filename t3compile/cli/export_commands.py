@@ -8,7 +8,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from t3compile.cli.options import CHECK_FAILED, dtype_option, json_option, model_options, read_size, shielded
+from t3compile.cli.options import (
+    CHECK_FAILED,
+    dtype_option,
+    json_option,
+    model_options,
+    read_dtype,
+    read_size,
+    shielded,
+)
 from t3compile.cli.steps import load_model
 from t3compile.export.runtimes import RUNTIME_NAMES
 
@@ -32,9 +40,21 @@ if TYPE_CHECKING:
 @click.option(
     "--attention",
     "form",
-    type=click.Choice(["attention", "matmul", "onnxruntime"]),
-    help="Attention inside ONNX functions: opset-23 Attention (the default), MatMul-Softmax, or onnxruntime's "
-    "MultiHeadAttention.",
+    type=click.Choice(["attention", "matmul", "onnxruntime", "auto"]),
+    help="How attention is spelled: opset-23 Attention (the default), MatMul-Softmax inside functions, onnxruntime's "
+    "MultiHeadAttention; auto: for onnxruntime on CPUs, by size as measured, in a graph cleaned up for it.",
+)
+@click.option(
+    "--weights-dtype",
+    type=click.Choice(["float16", "bfloat16", "fp16", "bf16"]),
+    callback=read_dtype,
+    help="Store float32 weights of matrix products in 16 bits and compute in float32.",
+)
+@click.option(
+    "--quantize",
+    type=click.Choice(["int8", "int8-dynamic"]),
+    help="Store float32 weights of linear layers in blocks of 8 bits, for onnxruntime, and compute in float32; "
+    "int8-dynamic: multiply in 8 bits too.",
 )
 @click.option("--inline", is_flag=True, help="Write the bodies of ONNX functions in place.")
 @click.option(
@@ -52,16 +72,23 @@ def export(
     target: str,
     precision: Any,
     form: Any,
+    weights_dtype: Any,
+    quantize: Any,
     inline: bool,
     share_weights: bool,
     check: bool | None,
     **options: Any,
 ) -> None:
     """Write MODEL, usually a rewritten .pt2, as ONNX (opset 23, weights as external data) or for another runtime."""
-    if target != "onnx" and (form is not None or inline or share_weights):
+    if target != "onnx" and (form or inline or share_weights or weights_dtype or quantize):
         raise click.UsageError(
-            f"--attention, --inline and --share-weights are for --target onnx, not for --target {target}"
+            "--attention, --inline, --share-weights, --weights-dtype and --quantize are for --target onnx, not for "
+            f"--target {target}"
         )
+    if sum(map(bool, (share_weights, weights_dtype, quantize))) > 1:
+        raise click.UsageError("--share-weights, --weights-dtype and --quantize exclude one another: take one")
+    if precision in ("float16", "bfloat16") and (weights_dtype or quantize):
+        raise click.UsageError(f"--precision {precision} leaves no float32 weight to --weights-dtype or --quantize")
     from t3compile.files import check_writable
     from t3compile.report import progress, say
 
@@ -86,6 +113,7 @@ def export(
                 form=form or "attention",
                 inline=inline,
                 share_weights=share_weights,
+                weights=weights_dtype or quantize,
                 check=check,
                 progress=step,
             )
@@ -103,7 +131,9 @@ def _show(report: ExportReport, runs_in: str, as_json: bool) -> None:
         show_json(report.to_json())
     else:
         rows = [("file", report.path), ("functions", ", ".join(report.functions) or "none")]
-        rows += _weight_rows(report.storage)
+        if report.attention:
+            rows.append(("attention calls", ", ".join(f"{count} {name}" for name, count in report.attention.items())))
+        rows += _weight_rows(report.storage) + _rounding_rows(report)
         for one in compared or ():
             result = "ok" if one.passed else "FAILED"
             text = f"error {one.error:.3g} against float64, allowed {one.allowed:.3g}: {result}"
@@ -113,6 +143,20 @@ def _show(report: ExportReport, runs_in: str, as_json: bool) -> None:
         say(f"warning: {note}")
     if compared is None:
         say(f"not compared with torch: {report.not_compared}")
+
+
+def _rounding_rows(report: ExportReport) -> list[tuple[str, str]]:
+    from t3compile.report import size_bytes
+
+    rounding = report.rounding
+    if rounding is None:
+        return []
+    sizes = f"{size_bytes(rounding.bytes_before)} as {size_bytes(rounding.bytes_after)}"
+    rows = [(f"weights in {rounding.kind}", f"{rounding.tensors} tensors, {sizes}")]
+    for one in report.distances:
+        text = f"largest error {one.error:.3g} at magnitude {one.magnitude:.3g}, relative (rms) {one.relative:.2%}"
+        rows.append((f"{one.name} against weights not rounded", text))
+    return rows
 
 
 def _weight_rows(storage: WeightStorage | None) -> list[tuple[str, str]]:

@@ -36,11 +36,12 @@ def _options(*options: Callable[[Any], Any]) -> Callable[[Command], Command]:
 def dtype_option(name: str, text: str) -> Callable[[Any], Any]:
     """An option that takes a dtype in torch's spelling or TensorRT's short one, and gives torch's."""
     return click.option(
-        name, type=click.Choice([*_SHORT_DTYPES.values(), *_SHORT_DTYPES]), callback=_read_dtype, help=text
+        name, type=click.Choice([*_SHORT_DTYPES.values(), *_SHORT_DTYPES]), callback=read_dtype, help=text
     )
 
 
-def _read_dtype(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+def read_dtype(_: click.Context, __: click.Parameter, value: str | None) -> str | None:
+    """torch's name of a dtype."""
     return None if value is None else _SHORT_DTYPES.get(value, value)
 
 
