@@ -9,7 +9,7 @@ regrouped tokens are free before the next branch's are made. At most eight axes,
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from t3compile.ops.regroup import Box, boxes, group, ungroup_tokens
@@ -42,17 +42,6 @@ def lowered_window_attention(
         k, v = (repeat_heads(x, q.shape[1]) for x in (k, v))
         mean = with_extra_queries(mean, q, k, v, mask, args)
     return mean.contiguous().transpose(1, 2)
-
-
-class LoweredWindowAttention(nn.Module):
-    """lowered_window_attention as a module of q, k, v and, where there is one, the mask, for tracing its body."""
-
-    def __init__(self, args: WindowAttentionArgs) -> None:
-        super().__init__()
-        self.args = args
-
-    def forward(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
-        return lowered_window_attention(q, k, v, self.args, mask)
 
 
 def _attend_in_branch(
