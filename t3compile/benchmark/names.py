@@ -9,7 +9,7 @@ Device = Literal["cpu", "cuda"]
 RuntimeName = Literal["torch", "compile", "ort", "aoti", "trt"]
 RUNTIMES: tuple[RuntimeName, ...] = get_args(RuntimeName)
 # "windows" the rewritten program, "full" attention over everything, "paper" the paper's own formulation, "regrouped"
-# the rewritten program lowered to torch's own calls: on a GPU that is what the kernel replaces.
+# both branches as one SDPA on regrouped tokens (ops/regrouped_attention.py), which on a GPU the kernel replaces.
 Variant = Literal["windows", "full", "paper", "regrouped"]
 VARIANTS: tuple[Variant, ...] = get_args(Variant)
 # They compute what the rewritten program does; full attention is another function.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -53,7 +54,9 @@ def write_target(
             if not path.exists():
                 program.save(path, external=bool(extents))
         case "ort":
-            export_onnx(program, path, share_weights=bool(extents), check=False)
+            # The form that its measured rule chooses, for every variant; the rule is for CPUs.
+            form: Literal["auto", "attention"] = "auto" if device == "cpu" else "attention"
+            export_onnx(program, path, form=form, share_weights=bool(extents), check=False)
         case "aoti":
             export_aoti(program, path, check=False)
         case "trt":
