@@ -25,7 +25,7 @@ AttentionFunction = Callable[[Tensor, Tensor, Tensor, WindowAttentionArgs, Tenso
 
 @dataclass(frozen=True)
 class LowerWindowAttention(GraphPass):
-    """Inline the torch calls of ``body`` at every call: that of ops.lowered_attention, or another to compare it with."""
+    """Inline the torch calls of ``body`` at every call: that of ops.lowered_attention, or another beside it."""
 
     body: AttentionFunction = lowered_window_attention
 
