@@ -27,7 +27,7 @@ from t3compile.benchmark.tables import bench_tables
 from t3compile.benchmark.turns import Lane, measure_in_turns
 from t3compile.benchmark.worker import calls_of_a_sample
 from t3compile.cli import main
-from t3compile.errors import InputsError, MissingExtraError
+from t3compile.errors import GridError, InputsError, MissingExtraError
 from t3compile.geometry import TokenGrid
 from t3compile.presets import preset_named
 from t3compile.stopwatch import CudaEvents, WallClock
@@ -331,6 +331,21 @@ def test_windows_of_a_scaled_preset_keep_their_extent() -> None:
     # A quarter of the height and width, all frames: windows (1,34,60), (21,8.5,7.5), ...
     scaled = scaled_schedule(preset, TokenGrid(21, 34, 60))
     assert [p.splits.counts for p in scaled.patterns] == [(21, 1, 1), (1, 4, 8), (1, 2, 10), (3, 4, 2), (7, 2, 2)]
+
+
+def test_a_preset_may_keep_its_splits_at_another_size() -> None:
+    """So every pattern keeps its share of the work: merging coinciding branches saves 1.69 times at 4K."""
+    preset = preset_named("t3-wan2.1-4k")
+    grid = TokenGrid(21, 34, 60)
+    patterns = scaled_schedule(preset, grid, "splits").patterns
+    assert patterns == preset.schedule.patterns
+    shares = [
+        sum(p.pairs(on, merged=False) for p in patterns) / sum(p.pairs(on) for p in patterns)
+        for on in (grid, preset.grid)
+    ]
+    assert shares == pytest.approx([1.69, 1.69], abs=0.01)
+    with pytest.raises(GridError, match=r"splits \(1,17,30\) .* cut no grid as small as 21x8x60"):
+        scaled_schedule(preset, TokenGrid(21, 8, 60), "splits")
 
 
 # --- the command ---------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, replace
+from typing import Literal
 
 from t3compile.errors import GridError, InputsError
 from t3compile.geometry import Splits, TokenGrid
@@ -13,6 +14,7 @@ from t3compile.presets import Preset
 # Heights and widths that the patches of common video models divide.
 NAMED_SIZES = {"480p": (480, 832), "720p": (720, 1280), "1080p": (1088, 1920), "4k": (2176, 3840)}
 DEFAULT_FRAMES = 81
+Keep = Literal["windows", "splits"]
 # Both presets were trained on 2176x3840 pixels in 81 frames; their VAEs make one latent frame of four.
 _PRESET_HEIGHT, _VAE_FRAMES = 2176, 4
 
@@ -63,16 +65,22 @@ def preset_grid(preset: Preset, size: PixelSize) -> TokenGrid:
     return TokenGrid((size.frames - 1) // _VAE_FRAMES + 1, size.height // step, size.width // step)
 
 
-def scaled_schedule(preset: Preset, grid: TokenGrid) -> Schedule:
-    """The preset's patterns with windows of about the same extent on another grid: splits scale with its axes.
+def scaled_schedule(preset: Preset, grid: TokenGrid, keep: Keep = "windows") -> Schedule:
+    """The preset's patterns on another grid.
 
-    A smaller grid has fewer windows, each as long as on the preset's own. GridError where an axis is longer than the
-    preset's: T3 was not trained there, and no rule says how to split.
+    ``keep`` "windows": windows of about the same extent, splits scale with the axes; a smaller grid has fewer. "splits":
+    those of the preset, so that every pattern keeps its share of the work; windows shrink. GridError where an axis is
+    longer than the preset's (T3 was not trained there, and no rule says how to split), or shorter than its splits.
     """
     if grid == preset.grid:
         return preset.schedule
     if any(length > own for length, own in zip(grid.sizes, preset.grid.sizes, strict=True)):
         raise GridError(f"grid {grid} is larger than {preset.grid}, at which {preset.name} was trained")
+    if keep == "splits":
+        for pattern in preset.schedule.patterns:
+            if any(n > length for n, length in zip(pattern.splits.counts, grid.sizes, strict=True)):
+                raise GridError(f"splits {pattern.splits} of {preset.name} cut no grid as small as {grid}")
+        return replace(preset.schedule, name=f"{preset.name} on {grid}")
     patterns = tuple(
         replace(pattern, splits=Splits(*_scaled(pattern.splits.counts, preset.grid, grid)))
         for pattern in preset.schedule.patterns

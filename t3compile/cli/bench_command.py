@@ -86,6 +86,12 @@ def _choices(known: tuple[str, ...]) -> Callable[[click.Context, click.Parameter
 @click.option("--repeats", type=click.IntRange(min=1), default=5, show_default=True, help="Rounds: all in turns.")
 @click.option("--warmup", type=click.IntRange(min=1), default=1, show_default=True, help="Calls before times count.")
 @click.option("--heads", type=click.IntRange(min=1), help="Attention heads, for presets.")
+@click.option(
+    "--keep",
+    type=click.Choice(["windows", "splits"]),
+    help="What presets keep at another size: the extent of their windows (the default), or their splits, and so each "
+    "pattern's share of the work.",
+)
 @click.option("-o", "--output", type=click.Path(path_type=Path), help="Write the report as JSON.")
 @click.option("--plot", type=click.Path(path_type=Path), help="Draw the times as PNG (needs t3compile[plot]).")
 @click.option("--markdown", is_flag=True, help="Print the tables as markdown.")
@@ -151,7 +157,7 @@ def _workloads(options: dict[str, Any]) -> Iterator[Workload]:
     from t3compile.presets import PRESETS
 
     sizes_text = options.pop("sizes")
-    heads = options.pop("heads")
+    heads, keep = options.pop("heads"), options.pop("keep")
     sizes = parse_sizes(sizes_text) if sizes_text is not None else ()
     preset = {one.name: one for one in PRESETS}.get(options["model"])
     if preset is not None:
@@ -160,10 +166,12 @@ def _workloads(options: dict[str, Any]) -> Iterator[Workload]:
         refuse_options(set(options) - {"model", "dtype", "batch"}, options["model"])
         dtype, batch = options["dtype"] or "float32", options["batch"] or 1
         for size in sizes or (None,):
-            yield preset_workload(preset, size, dtype=dtype, batch=batch, heads=heads)
+            yield preset_workload(preset, size, dtype=dtype, batch=batch, heads=heads, keep=keep or "windows")
         return
     if heads is not None:
         raise click.UsageError("--heads is for presets: a model has its own")
+    if keep is not None:
+        raise click.UsageError("--keep is for presets: a model's splits are those of its schedule")
     if not sizes:
         yield _workload("as given", options)
         return
