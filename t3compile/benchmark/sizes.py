@@ -68,9 +68,10 @@ def preset_grid(preset: Preset, size: PixelSize) -> TokenGrid:
 def scaled_schedule(preset: Preset, grid: TokenGrid, keep: Keep = "windows") -> Schedule:
     """The preset's patterns on another grid.
 
-    ``keep`` "windows": windows of about the same extent, splits scale with the axes; a smaller grid has fewer. "splits":
-    those of the preset, so that every pattern keeps its share of the work; windows shrink. GridError where an axis is
-    longer than the preset's (T3 was not trained there, and no rule says how to split), or shorter than its splits.
+    ``keep`` "windows": windows of about the same extent, splits scale with the axes; a smaller grid has fewer.
+    "splits": those of the preset, so that every pattern keeps its share of the work; windows shrink. GridError where
+    an axis is longer than the preset's (T3 was not trained there, and no rule says how to split), or shorter than its
+    splits.
     """
     if grid == preset.grid:
         return preset.schedule
