@@ -159,7 +159,7 @@ def _attend_in_chunks(
     depth = max(q.shape[3], v.shape[3])
     scale = q.shape[3] ** -0.5 if args.scale is None and depth > q.shape[3] else args.scale
     group = q.shape[1] // k.shape[1]
-    extra_k, extra_v = (around_grid(x, 2, args.prefix, args.suffix) for x in (k, v))
+    outside = (None, *(around_grid(x, 2, args.prefix, args.suffix) for x in (k, v)))
     extra_mask = None if mask is None else extra_key_mask(mask, args)
     scratch = [_Scratch(x, depth) for x in (q, k, v)]
     starts = (args.query_prefix, args.prefix, args.prefix, args.query_prefix)
@@ -169,16 +169,22 @@ def _attend_in_chunks(
         tokens = group * box.window_tokens + box.window_tokens + args.extra_tokens
         chunks = list(_chunks(box.parts, k.shape[1], 2 * tokens * depth * q.element_size()))
         for i, chunk in itertools.product(range(q.shape[0]), chunks):
-            q_w, k_w, v_w, out_w = (chunk.of(x[i], g) for x, g in zip(views, (group, 1, 1, group), strict=True))
-            extras = (None, *(None if x is None else x[i, chunk.heads] for x in (extra_k, extra_v)))
-            q_w, k_w, v_w = (s.hold(x, extra) for s, x, extra in zip(scratch, (q_w, k_w, v_w), extras, strict=True))
+            *qkv, out_w = (chunk.of(x[i], g) for x, g in zip(views, (group, 1, 1, group), strict=True))
+            extras = (None if x is None else x[i, chunk.heads] for x in outside)
+            held = [s.hold(x, extra) for s, x, extra in zip(scratch, qkv, extras, strict=True)]
             visible = None if extra_mask is None else _window_mask(extra_mask, i, chunk, group, box.window_tokens)
-            result = _attend(q_w, k_w, v_w, visible, scale)[..., : v.shape[3]]
-            result = result.unflatten(2, box.sizes).unflatten(0, out_w.shape[:3])
-            if averages:
-                torch.mul(result.add_(out_w), 0.5, out=out_w)
-            else:
-                out_w.copy_(result)
+            _write_windows(out_w, held, visible, scale, averages=averages)
+
+
+def _write_windows(out: Tensor, qkv: list[Tensor], mask: Tensor | None, scale: float | None, *, averages: bool) -> None:
+    """Attention of q, k, v [windows, N, s, depth] to their places [c_t, c_h, c_w, N, s_t, s_h, s_w, Dv]."""
+    q, k, v = qkv
+    result = _attend(q, k, v, mask, scale)[..., : out.shape[-1]]
+    result = result.unflatten(2, out.shape[4:7]).unflatten(0, out.shape[:3])
+    if averages:
+        torch.mul(result.add_(out), 0.5, out=out)
+    else:
+        out.copy_(result)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scale: float | None) -> Tensor:
