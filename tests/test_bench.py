@@ -24,6 +24,7 @@ from t3compile.benchmark.cases import Workload
 from t3compile.benchmark.child_process import ChildProcess, WorkerDied, WorkerError, child_process
 from t3compile.benchmark.compare_outputs import allowed_difference
 from t3compile.benchmark.run_benchmark import BenchSettings, bench
+from t3compile.benchmark.tables import bench_tables
 from t3compile.benchmark.variants import AttentionLayer, variant_program
 from t3compile.benchmark.worker import Worker
 from t3compile.cli import main
@@ -247,6 +248,25 @@ def test_another_function_in_a_variants_place_is_found(
     found = bench([Workload.of_model("tiny", *reversed(programs))], settings)
     assert not found.passed
     assert all(not d.passed for d in found.differences if d.variant == "paper")
+
+
+def test_without_the_rewritten_program_nothing_is_passed_off_as_compared(
+    programs: tuple[Program, Program], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing(InThisProcess):
+        def ask(self, request: str, **fields: Any) -> dict[str, Any]:
+            if request == "matrix_peak" or str(fields.get("name")).startswith("windows"):
+                raise WorkerError("out of order")
+            return super().ask(request, **fields)
+
+    monkeypatch.setattr(run_benchmark, "child_process", Failing)
+    settings = BenchSettings(against=("paper",), subjects=("model",), repeats=1)
+    found = bench([Workload.of_model("tiny", *reversed(programs))], settings)
+    assert {(one.runtime, one.variant) for one in found.not_run} == {("matrix-product peak", ""), ("torch", "windows")}
+    assert found.differences == ()
+    assert found.notes == ("tiny, model model: paper in torch was not compared: the rewritten program has not run",)
+    assert not found.passed
+    assert list(bench_tables(found))
 
 
 def test_nothing_to_measure_is_an_error(programs: tuple[Program, Program]) -> None:

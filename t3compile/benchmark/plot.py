@@ -54,6 +54,7 @@ def _draw(axis: Any, report: BenchReport, label: str, subject: str) -> None:
     case = TOTAL if subject == "attention" else "model"
     runtimes, variants = report.names("runtime"), report.names("variant")
     bar = 0.8 / len(variants)
+    highest = 0.0
     for i, variant in enumerate(variants):
         found = [(x, report.find(label, subject, case, variant, runtime)) for x, runtime in enumerate(runtimes)]
         bars = [(x + (i - (len(variants) - 1) / 2) * bar, one) for x, one in found if one is not None]
@@ -65,6 +66,7 @@ def _draw(axis: Any, report: BenchReport, label: str, subject: str) -> None:
             [one.spread.upper - one.spread.median for _, one in bars],
         ]
         places = [x for x, _ in bars]
+        highest = max(highest, *(one.spread.upper for _, one in bars), 0.0)
         axis.bar(places, medians, bar * 0.92, yerr=around, capsize=2, label=variant, color=_COLORS[variant])
         for place, one in bars:
             axis.annotate(
@@ -73,8 +75,7 @@ def _draw(axis: Any, report: BenchReport, label: str, subject: str) -> None:
             )  # fmt: skip
     axis.set_xticks(range(len(runtimes)), runtimes)
     axis.set_ylabel("seconds")
-    axis.set_ylim(bottom=0)
-    axis.margins(y=0.12)
+    axis.set_ylim(0, 1.12 * highest)
     axis.set_title(f"{'attention, all layers' if subject == 'attention' else 'one forward pass'}, {label}", fontsize=9)
 
 
