@@ -34,8 +34,8 @@ bench: $(STAMP) ## The demo's rewritten and full models side by side in onnxrunt
 bench-kernel: $(STAMP) ## Full attention, regrouped tokens and the kernel side by side on a GPU, both presets (minutes)
 	$(BIN)/python -m tests.bench_kernel
 
-speed: $(STAMP) ## Seconds that detection, planning and rewriting take at 15, 30 and 60 blocks (some minutes)
-	$(BIN)/python -m tests.test_detection_speed
+speed: $(STAMP) ## Seconds that every step takes at 1, 10, 40 and 80 blocks, and docs/speed.png (half an hour)
+	$(BIN)/python -m tests.speed --json docs/speed.json --plot docs/speed.png
 
 bench-14b: $(STAMP) ## Wan 14B at 4K through every command from a checkpoint larger than memory (57 GB of disk, some ten minutes)
 	$(BIN)/python -m tests.bench_14b
