@@ -37,8 +37,8 @@ bench-kernel: $(STAMP) ## The kernel beside full attention, the paper's form and
 	$(BIN)/t3compile bench t3-wan2.1-4k --sizes 480p,720p,4k $(KERNELS) --markdown
 	$(BIN)/t3compile bench t3-wan2.2-4k --sizes 4k $(KERNELS) --markdown
 
-speed: $(STAMP) ## Seconds that detection, planning and rewriting take at 15, 30 and 60 blocks (some minutes)
-	$(BIN)/python -m tests.test_detection_speed
+speed: $(STAMP) ## Seconds that every step takes at 1, 10, 40 and 80 blocks, and docs/speed.png (half an hour)
+	$(BIN)/python -m tests.speed --json docs/speed.json --plot docs/speed.png
 
 bench-14b: $(STAMP) ## Wan 14B at 4K through every command from a checkpoint larger than memory (57 GB of disk, some ten minutes)
 	$(BIN)/python -m tests.bench_14b
