@@ -110,7 +110,7 @@ def _element(value: ir.Value) -> tuple[ir.Value, int] | None:
         return (node.inputs[0], index[0]) if ends and index is not None and len(index) == 1 else None
     if _is(node, "Split"):
         widths = {_last(output) for output in node.outputs}
-        return (node.inputs[0], node.outputs.index(source)) if widths == {1} else None  # type: ignore[arg-type]
+        return (node.inputs[0], node.outputs.index(source)) if widths == {1} else None
     if not _is(node, "Slice") or len(node.inputs) < 4 or _last(node.outputs[0]) != 1:
         return None
     start, axes = _numbers(node.inputs[1]), _numbers(node.inputs[3])
