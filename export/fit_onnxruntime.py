@@ -26,7 +26,9 @@ class DropWholeSlices(ir.passes.InPlacePass):
         """Rewrite the main graph."""
         whole = [node for node in model.graph if node.domain == "" and node.op_type == "Slice" and _is_whole(node)]
         for node in whole:
-            ir.convenience.replace_all_uses_with(node.outputs[0], node.inputs[0])
+            source = node.inputs[0]
+            assert source is not None
+            ir.convenience.replace_all_uses_with(node.outputs[0], source)
             model.graph.remove(node, safe=True)
         return ir.passes.PassResult(model, bool(whole))
 

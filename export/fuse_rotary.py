@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 _OP = "RotaryEmbedding"
-_DTYPES = (ir.DataType.FLOAT, ir.DataType.FLOAT16)
 
 
 @dataclass(frozen=True)
@@ -77,32 +76,25 @@ def _terms(value: ir.Value | None, op_type: str) -> list[tuple[ir.Value, ir.Valu
 
 def _place(node: ir.Node, a: ir.Value, b: ir.Value, cos: ir.Value, sin: ir.Value) -> _Rotation | None:
     """The rotation, if a and b are the pairs of one tensor and the tables' only long axes are tokens and depth."""
-    taken = [_element(x) for x in (a, b)]
-    if taken[0] is None or taken[1] is None or taken[0][0] is not taken[1][0] or [t[1] for t in taken if t] != [0, 1]:
+    first, second = _element(a), _element(b)
+    if first is None or second is None or first[0] is not second[0] or (first[1], second[1]) != (0, 1):
         return None
-    x = taken[0][0]
+    x = first[0]
     shape, table = _static(x), _static(cos)
-    out = _static(node.outputs[0])
-    if shape is None or table is None or out != shape or table != _static(sin) or x.dtype not in _DTYPES:
+    if shape is None or table is None or _static(node.outputs[0]) != shape or table != _static(sin):
         return None
-    if cos.dtype != x.dtype or sin.dtype != x.dtype or not 3 <= len(shape) <= 5 or shape[-1] != 2:
+    is_float32 = all(value.dtype == ir.DataType.FLOAT for value in (x, cos, sin))
+    if not is_float32 or not 4 <= len(shape) <= 5 or shape[-1] != 2 or len(table) >= len(shape):
         return None
-    table = (1,) * (len(shape) - 1 - len(table)) + table
-    long = [axis for axis, size in enumerate(table) if size > 1]
     depth = len(shape) - 2
-    if len(table) != depth + 1 or not long or long[-1] != depth or len(long) > 2 or table[depth] != shape[depth]:
+    table = (1,) * (depth + 1 - len(table)) + table
+    tokens = next((axis for axis, size in enumerate(table) if size > 1), depth)
+    # One row per token of every batch element and head: all other axes of the table are short.
+    if tokens not in (1, 2) or table != tuple(size if i in (tokens, depth) else 1 for i, size in enumerate(shape[:-1])):
         return None
-    tokens = long[0] if len(long) == 2 else None
-    if tokens is None or tokens not in (1, 2) or table[tokens] != shape[tokens] or shape[depth] % 8:
-        return None
-    whole = 2 * shape[depth]
     if tokens == 1:
-        rotated = (shape[0], shape[1], math.prod(shape[2:depth]) * whole)
-    elif depth == 3:
-        rotated = (shape[0], shape[1], shape[2], whole)
-    else:
-        return None
-    return _Rotation(x, shape, rotated, cos, sin)
+        return _Rotation(x, shape, (shape[0], shape[1], math.prod(shape[2:])), cos, sin)
+    return _Rotation(x, shape, (*shape[:3], 2 * shape[depth]), cos, sin) if depth == 3 else None
 
 
 def _element(value: ir.Value) -> tuple[ir.Value, int] | None:
@@ -118,7 +110,7 @@ def _element(value: ir.Value) -> tuple[ir.Value, int] | None:
         return (node.inputs[0], index[0]) if ends and index is not None and len(index) == 1 else None
     if _is(node, "Split"):
         widths = {_last(output) for output in node.outputs}
-        return (node.inputs[0], node.outputs.index(source)) if widths == {1} else None  # type: ignore[arg-type]
+        return (node.inputs[0], node.outputs.index(source)) if widths == {1} else None
     if not _is(node, "Slice") or len(node.inputs) < 4 or _last(node.outputs[0]) != 1:
         return None
     start, axes = _numbers(node.inputs[1]), _numbers(node.inputs[3])

@@ -48,7 +48,7 @@ def check_operators(model: ir.Model, knows: Callable[[str], bool], version: str)
             if node.domain == _ONNXRUNTIME_DOMAIN:
                 raise ExportError(
                     f"node '{node.name}' is {node.domain}::{node.op_type}, an operator of onnxruntime alone: export "
-                    "the model with --attention attention"
+                    "the model with --attention attention and without --quantize"
                 )
             if node.domain == "" and not knows(node.op_type):
                 unknown.setdefault(node.op_type, []).append(node.name or "?")

@@ -67,9 +67,15 @@ def attention_model(form: AttentionForm, windows: int, queries: int, keys: int, 
 
 
 def time_forms(
-    head_dim: int, queries: int, keys: int, rounds: int, clock: Callable[[], float] = time.perf_counter
+    head_dim: int,
+    queries: int,
+    keys: int,
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+    *,
+    shared_threads: bool = False,
 ) -> Timing:
-    """All forms in turns, one round to warm up."""
+    """All forms in turns, one round to warm up; with ``shared_threads`` after ``share_threads``."""
     windows = max(_FEWEST_WINDOWS, int(_FLOP / (4 * queries * keys * head_dim)))
     generator = np.random.default_rng(0)
     inputs = {
@@ -77,7 +83,10 @@ def time_forms(
         for name, tokens in (("q", queries), ("k", keys), ("v", keys))
     }
     sessions = {
-        form: _session(ir.serde.serialize_model(attention_model(form, windows, queries, keys, head_dim)))
+        form: _session(
+            ir.serde.serialize_model(attention_model(form, windows, queries, keys, head_dim)),
+            share_threads=shared_threads,
+        )
         for form in ATTENTION_FORMS
     }
     times: dict[AttentionForm, list[float]] = {form: [] for form in ATTENTION_FORMS}
@@ -106,12 +115,19 @@ def rule_of(timings: Sequence[Timing]) -> tuple[FormBound, ...]:
     return derive_rule(measured)
 
 
-def _session(model: Any, profile: Path | None = None) -> onnxruntime.InferenceSession:
+def share_threads() -> None:
+    """Let sessions made from now on share threads: one's own spin after a call, and would slow down the next session's.
+
+    onnxruntime can do so only if no session was made before.
+    """
+    onnxruntime.set_global_thread_pool_sizes(len(os.sched_getaffinity(0)), 1)
+
+
+def _session(model: Any, profile: Path | None = None, *, share_threads: bool = False) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
     options.enable_cpu_mem_arena = False  # as 't3compile run' has it
     options.log_severity_level = 3
-    # Threads of a session spin after a call, and would slow down the next session's.
-    options.use_per_session_threads = False
+    options.use_per_session_threads = not share_threads
     if profile is not None:
         options.enable_profiling = True
         options.profile_file_prefix = str(profile)
@@ -185,7 +201,6 @@ def _numbers(_: click.Context, __: click.Parameter, value: str) -> list[int]:
 @click.group()
 def main() -> None:
     """Measure onnxruntime on this machine's CPU."""
-    onnxruntime.set_global_thread_pool_sizes(len(os.sched_getaffinity(0)), 1)
 
 
 @main.command()
@@ -194,7 +209,10 @@ def main() -> None:
 @click.option("--rounds", default=7, show_default=True, type=click.IntRange(1), help="Timed calls; the median counts.")
 def attention(head_dims: list[int], tokens: list[int], rounds: int) -> None:
     """Time every attention form on windows, and print the rule that follows."""
-    timings = [time_forms(head_dim, size, size, rounds) for head_dim in head_dims for size in tokens]
+    share_threads()
+    timings = [
+        time_forms(head_dim, size, size, rounds, shared_threads=True) for head_dim in head_dims for size in tokens
+    ]
     click.echo(f"{_machine()}; GFLOP/s, median of {rounds}\n\n{table(timings)}\n")
     click.echo(
         f"MultiHeadAttention where it takes at most {LEEWAY:.0%} of the fastest form's time, for all sizes above:"
