@@ -5,11 +5,11 @@ Counted in function calls, so that the test says the same on every machine; spee
 
 from __future__ import annotations
 
-import sys
+import cProfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import pytest
 import torch
@@ -69,19 +69,9 @@ def joint(blocks: int) -> Program:
 
 def calls_of(work: Callable[[], Result]) -> tuple[int, Result]:
     """How many functions were called, C functions included, and the result."""
-    count = 0
-
-    def see(frame: Any, event: str, argument: Any) -> None:
-        nonlocal count
-        count += event in ("call", "c_call")
-
-    before = sys.getprofile()
-    sys.setprofile(see)
-    try:
-        result = work()
-    finally:
-        sys.setprofile(before)
-    return count, result
+    profile = cProfile.Profile()
+    result = profile.runcall(work)
+    return sum(entry.callcount for entry in profile.getstats()), result
 
 
 @pytest.mark.parametrize("build", [cross, joint])
