@@ -112,9 +112,10 @@ class _Bar(Progress):
         self._is_measuring = False
 
     def __call__(self, step: str) -> None:
+        self._bar.update(self._task, description=step)
         # A phase's fraction ends with its step, measured work goes on.
-        known = {} if self._is_measuring else {"total": None}
-        self._bar.update(self._task, description=step, **known)
+        if not self._is_measuring:
+            self._forget_total()
 
     @contextmanager
     def measure(self, total: float, unit: Unit) -> Iterator[Advance]:
@@ -130,7 +131,12 @@ class _Bar(Progress):
             yield advance
         finally:
             self._is_measuring = False
-            self._bar.update(self._task, total=None, measured=None)
+            self._bar.update(self._task, measured=None)
+            self._forget_total()
+
+    def _forget_total(self) -> None:
+        # rich takes None for no change.
+        self._bar.tasks[0].total = None
 
     def phase(self, name: str, depth: int, done: float) -> None:
         self._bar.update(self._task, description=name, completed=done, total=1.0)

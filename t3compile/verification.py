@@ -166,11 +166,11 @@ def check_weights(program: Program, rewritten: Program, advance: Advance = unmea
 def compared_bytes(program: Program, rewritten: Program) -> int:
     """Bytes of one side that check_weights reads."""
     constants = _tensor_constants(program)
-    read = sum(constants.load(name).nbytes for name in constants.names())
+    read = sum(int(constants.load(name).nbytes) for name in constants.names())
     if rewritten.weights is program.weights or set(rewritten.weights.names()) != set(program.weights.names()):
         return read
     return read + sum(
-        tensor.nbytes
+        int(tensor.nbytes)
         for name, tensor in program.exported.state_dict.items()
         if not _is_one_place(program.weights.locate(name), rewritten.weights.locate(name))
     )

@@ -1,5 +1,6 @@
 """Seconds that every step takes at several depths: `make speed`, a table, JSON and a plot.
 
+They are the processor's, of one thread: what else the machine does hardly changes them.
 No step but export may take longer than tracing the same model, and all grow with the number of blocks. The narrow
 model has Wan's blocks with so few channels and tokens that arithmetic takes no time; the others are published
 configurations without weights, for the steps that need none.
@@ -124,9 +125,9 @@ def measure(model: str, blocks: int, steps: Sequence[str] = STEPS) -> Row:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         say(f"... {model}, {blocks} blocks: load")
-        start = time.perf_counter()
+        start = time.process_time()
         program = canonicalize(MODELS[model](blocks, folder))
-        seconds["load"] = time.perf_counter() - start
+        seconds["load"] = time.process_time() - start
         assert program.retrace is not None
         retrace, (args, kwargs) = program.retrace, program.example_inputs
         survey = t3compile.detect(program)
@@ -153,13 +154,13 @@ def _proved(report: VerifyReport) -> None:
 
 
 def _best(work: Callable[[], object]) -> float:
-    best, begun = float("inf"), time.perf_counter()
+    best, begun = float("inf"), time.process_time()
     for _ in range(_REPEATS):
         gc.collect()
-        start = time.perf_counter()
+        start = time.process_time()
         work()
-        best = min(best, time.perf_counter() - start)
-        if time.perf_counter() - begun > _REPEATED_S:
+        best = min(best, time.process_time() - start)
+        if time.process_time() - begun > _REPEATED_S:
             break
     return best
 
@@ -186,7 +187,7 @@ def merged(old: Sequence[Row], new: Sequence[Row]) -> list[Row]:
 
 
 def write_rows(path: Path, rows: Sequence[Row]) -> None:
-    machine = {"torch": torch.__version__, "machine": platform.machine(), "threads": torch.get_num_threads()}
+    machine = {"torch": torch.__version__, "machine": platform.machine()}
     path.write_text(json.dumps({**machine, "rows": [asdict(row) for row in rows]}, indent=2) + "\n")
 
 
@@ -198,7 +199,7 @@ def show(rows: Sequence[Row]) -> None:
         (row.model, str(row.blocks), str(row.nodes), str(row.sites), *shown)
         for row, shown in zip(rows, times, strict=True)
     ]
-    title = f"Seconds, {platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+    title = f"Processor seconds of one thread, {platform.machine()}, torch {torch.__version__}"
     show_table(title, ("model", "blocks", "nodes", "sites", *steps), cells)
     for row in rows:
         for step, factor in row.slower_than_tracing().items():
@@ -231,7 +232,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
             axes.plot(*zip(*points, strict=True), label=step, **line)
         axes.set_title(model)
         axes.set_xlabel("blocks")
-        axes.set_ylabel("seconds")
+        axes.set_ylabel("processor seconds")
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         axes.legend(fontsize=8)

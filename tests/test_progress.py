@@ -252,8 +252,13 @@ def test_a_terminal_gets_a_bar_with_the_time_left(monkeypatch: pytest.MonkeyPatc
             advance(2**29)
             step("still writing")
             step._bar.refresh()  # type: ignore[attr-defined]
+        (task,) = step._bar.tasks  # type: ignore[attr-defined]
+        assert task.total is None
         step.phase("Timing", 0, 0.25)
         step._bar.refresh()  # type: ignore[attr-defined]
+        assert (task.completed, task.total) == (0.25, 1.0)
+        step("inspecting")
+        assert task.total is None
     shown = terminal.getvalue()
     assert "still writing" in shown
     assert "50% of 1.0 GiB, about 2 s left" in shown
