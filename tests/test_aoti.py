@@ -173,10 +173,10 @@ def test_the_window_operator_never_gets_into_a_package(line: _Line, tmp_path: Pa
 
 
 def test_options_of_onnx_are_wrong_usage() -> None:
-    for option in (("--inline",), ("--attention", "matmul")):
+    for option in (("--inline",), ("--attention", "matmul"), ("--share-weights",), ("--quantize", "int8")):
         done = CliRunner().invoke(main, ["export", "x.pt2", "--target", "aoti", "-o", "y", *option])
         assert done.exit_code == 2
-        assert "--attention and --inline are for --target onnx" in done.stderr
+        assert "--weights-dtype and --quantize are for --target onnx" in " ".join(done.stderr.split())
 
 
 # --- calls ---------------------------------------------------------------------------------------
