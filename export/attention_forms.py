@@ -16,9 +16,9 @@ from typing import Literal, get_args
 
 import onnx_ir as ir
 
-from t3compile.export.attention_rule import choose_form
+from t3compile.export.attention_rule import AttentionForm, choose_form
+from t3compile.export.graph_values import put_in_place, sizes_of
 
-AttentionForm = Literal["attention", "matmul", "onnxruntime"]
 # "auto" picks a form for each call, by the rule measured for onnxruntime on CPUs.
 AttentionChoice = Literal["attention", "matmul", "onnxruntime", "auto"]
 ATTENTION_FORMS: tuple[AttentionForm, ...] = get_args(AttentionForm)
@@ -81,11 +81,6 @@ def _has_whole_mask(node: ir.Node) -> bool:
     """Whether there is no mask, or one of four known axes."""
     mask = _mask_of(node)
     return mask is None or (mask.shape is not None and len(mask.shape) == 4 and mask.shape.is_static())
-
-
-def sizes_of(value: ir.Value | None) -> tuple[int, ...]:
-    assert value is not None and value.shape is not None
-    return tuple(int(str(size)) for size in value.shape)
 
 
 def _auto(node: ir.Node) -> AttentionForm:
@@ -239,10 +234,7 @@ def _replace(graph: ir.Graph, old: ir.Node, new: list[ir.Node]) -> None:
     target.shape, target.type = source.shape, source.type
     for index, node in enumerate(new):
         node.name = f"{old.name}/{index}"
-    graph.insert_before(old, new)
-    ir.convenience.replace_all_uses_with(source, target, replace_graph_outputs=True)
-    graph.remove(old, safe=True)
-    target.name = source.name
+    put_in_place(graph, old, new, target)
 
 
 _SPELL: dict[AttentionForm, Callable[[ir.Graph, ir.Node], None]] = {

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-Form = Literal["attention", "matmul", "onnxruntime"]
+AttentionForm = Literal["attention", "matmul", "onnxruntime"]
 
 # MultiHeadAttention may take this much of the fastest form's time: holding no scores is worth that.
 LEEWAY = 1.05
@@ -31,7 +31,9 @@ class FormBound:
 RULE: tuple[FormBound, ...] = (FormBound(64, 384), FormBound(128, 768))
 
 
-def choose_form(batch: int, queries: int, keys: int, head_dim: int, rule: tuple[FormBound, ...] = RULE) -> Form:
+def choose_form(
+    batch: int, queries: int, keys: int, head_dim: int, rule: tuple[FormBound, ...] = RULE
+) -> AttentionForm:
     """The form of one float32 call with ``batch`` windows, heads included.
 
     Heads larger than measured are taken like the largest.
@@ -41,7 +43,7 @@ def choose_form(batch: int, queries: int, keys: int, head_dim: int, rule: tuple[
     return "onnxruntime" if is_long or 4 * batch * queries * keys > MOST_SCORE_BYTES else "attention"
 
 
-def derive_rule(seconds: Mapping[tuple[int, int], Mapping[Form, float]]) -> tuple[FormBound, ...]:
+def derive_rule(seconds: Mapping[tuple[int, int], Mapping[AttentionForm, float]]) -> tuple[FormBound, ...]:
     """The rule that times per (head dim, tokens) ask for; where even the longest window is slower, one beyond it."""
     rule = []
     for head_dim in sorted({dim for dim, _ in seconds}):

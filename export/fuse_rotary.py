@@ -16,6 +16,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
+from t3compile.export.graph_values import int64_constant, int64_values, put_in_place, static_shape
+
 _OP = "RotaryEmbedding"
 
 
@@ -80,8 +82,8 @@ def _place(node: ir.Node, a: ir.Value, b: ir.Value, cos: ir.Value, sin: ir.Value
     if first is None or second is None or first[0] is not second[0] or (first[1], second[1]) != (0, 1):
         return None
     x = first[0]
-    shape, table = _static(x), _static(cos)
-    if shape is None or table is None or _static(node.outputs[0]) != shape or table != _static(sin):
+    shape, table = static_shape(x), static_shape(cos)
+    if shape is None or table is None or static_shape(node.outputs[0]) != shape or table != static_shape(sin):
         return None
     is_float32 = all(value.dtype == ir.DataType.FLOAT for value in (x, cos, sin))
     if not is_float32 or not 4 <= len(shape) <= 5 or shape[-1] != 2 or len(table) >= len(shape):
@@ -104,17 +106,17 @@ def _element(value: ir.Value) -> tuple[ir.Value, int] | None:
     if node is None or node.inputs[0] is None:
         return None
     if _is(node, "Gather"):
-        index = _numbers(node.inputs[1])
+        index = int64_values(node.inputs[1])
         axis = node.attributes["axis"].as_int() if "axis" in node.attributes else 0
-        ends = axis in (-1, len(_static(node.inputs[0]) or ()) - 1)
+        ends = axis in (-1, len(static_shape(node.inputs[0]) or ()) - 1)
         return (node.inputs[0], index[0]) if ends and index is not None and len(index) == 1 else None
     if _is(node, "Split"):
         widths = {_last(output) for output in node.outputs}
         return (node.inputs[0], node.outputs.index(source)) if widths == {1} else None
     if not _is(node, "Slice") or len(node.inputs) < 4 or _last(node.outputs[0]) != 1:
         return None
-    start, axes = _numbers(node.inputs[1]), _numbers(node.inputs[3])
-    rank = len(_static(node.inputs[0]) or ())
+    start, axes = int64_values(node.inputs[1]), int64_values(node.inputs[3])
+    rank = len(static_shape(node.inputs[0]) or ())
     if start is None or axes is None or len(axes) != 1 or axes[0] not in (-1, rank - 1):
         return None
     return node.inputs[0], start[0]
@@ -127,13 +129,12 @@ def _write(
     made: list[ir.Node] = []
 
     def constant(numbers: Sequence[int]) -> ir.Value:
-        new = ir.node("Constant", [], {"value": ir.tensor(list(numbers), dtype=ir.DataType.INT64)})
-        new.outputs[0].const_value = new.attributes["value"].as_tensor()
+        new = int64_constant(numbers)
         made.append(new)
         return new.outputs[0]
 
     def reshape(value: ir.Value, shape: tuple[int, ...]) -> ir.Value:
-        if _static(value) == shape:
+        if static_shape(value) == shape:
             return value
         made.append(ir.node("Reshape", [value, constant(shape)]))
         made[-1].outputs[0].shape, made[-1].outputs[0].type = ir.Shape(shape), value.type
@@ -142,7 +143,7 @@ def _write(
     depth = rotation.shape[-2]
     tables = []
     for table in (rotation.cos, rotation.sin):
-        flat = (math.prod(_static(table) or ()) // depth, depth)
+        flat = (math.prod(static_shape(table) or ()) // depth, depth)
         if (table, flat) not in views:
             views[table, flat] = reshape(table, flat)
         tables.append(views[table, flat])
@@ -154,10 +155,7 @@ def _write(
     result = reshape(fused.outputs[0], rotation.shape)
     for index, new in enumerate(made):
         new.name, new.outputs[0].name = f"{node.name}/{index}", f"{name}/{index}"
-    graph.insert_before(node, made)
-    ir.convenience.replace_all_uses_with(node.outputs[0], result, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
-    result.name = name
+    put_in_place(graph, node, made, result)
 
 
 def _is(node: ir.Node, op_type: str) -> bool:
@@ -169,23 +167,12 @@ def _through(value: ir.Value | None, *op_types: str) -> ir.Value | None:
     node = None if value is None else value.producer()
     if node is None or not any(_is(node, op_type) for op_type in op_types):
         return value
-    before, after = _static(node.inputs[0]), _static(value)
+    before, after = static_shape(node.inputs[0]), static_shape(value)
     if before is None or after is None or before not in ((*after, 1), after[:-1] if after[-1:] == (1,) else None):
         return value
     return node.inputs[0]
 
 
-def _static(value: ir.Value | None) -> tuple[int, ...] | None:
-    if value is None or value.shape is None or not value.shape.is_static():
-        return None
-    return tuple(int(str(size)) for size in value.shape)
-
-
 def _last(value: ir.Value) -> int | None:
-    shape = _static(value)
+    shape = static_shape(value)
     return shape[-1] if shape else None
-
-
-def _numbers(value: ir.Value | None) -> list[int] | None:
-    tensor = None if value is None else ir.convenience.get_const_tensor(value)
-    return None if tensor is None else [int(number) for number in tensor.numpy().reshape(-1)]

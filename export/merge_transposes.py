@@ -14,8 +14,9 @@ import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-import numpy as np
 import onnx_ir as ir
+
+from t3compile.export.graph_values import int64_constant, int64_values, put_in_place, static_shape
 
 # TensorRT's limit.
 MAX_AXES = 8
@@ -62,7 +63,7 @@ def _is_view(node: ir.Node) -> bool:
 def _merge(graph: ir.Graph, node: ir.Node) -> bool:
     for chain in _chains(node):
         source = chain[0].inputs[0]
-        shape = _static(source)
+        shape = static_shape(source)
         axes = None if shape is None else _follow(chain, shape)
         if source is None or shape is None or axes is None:
             continue
@@ -91,12 +92,6 @@ def _chains(node: ir.Node) -> list[list[ir.Node]]:
     return [chain[start:] for start in range(len(chain))]
 
 
-def _static(value: ir.Value | None) -> tuple[int, ...] | None:
-    if value is None or value.shape is None or not value.shape.is_static():
-        return None
-    return tuple(int(str(size)) for size in value.shape)
-
-
 def _follow(chain: Sequence[ir.Node], shape: tuple[int, ...]) -> list[list[_Atom]] | None:
     """The factors of each axis at the end of the chain, unit ones left out; None where a view cuts no factor evenly."""
     strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
@@ -108,7 +103,7 @@ def _follow(chain: Sequence[ir.Node], shape: tuple[int, ...]) -> list[list[_Atom
             perm = node.attributes["perm"].as_ints() if "perm" in node.attributes else range(len(axes))[::-1]
             axes = [axes[axis] for axis in perm]
             continue
-        target = _static(node.outputs[0]) or _view_shape(node, axes)
+        target = static_shape(node.outputs[0]) or _view_shape(node, axes)
         regrouped = None if target is None else _regroup([atom for axis in axes for atom in axis], target)
         if regrouped is None:
             return None
@@ -119,10 +114,9 @@ def _follow(chain: Sequence[ir.Node], shape: tuple[int, ...]) -> list[list[_Atom
 def _view_shape(node: ir.Node, axes: Sequence[Sequence[_Atom]]) -> tuple[int, ...] | None:
     """The shape that a Reshape of known sizes gives, where the value carries none."""
     given = node.inputs[1] if node.op_type == "Reshape" and len(node.inputs) > 1 else None
-    constant = None if given is None else ir.convenience.get_const_tensor(given)
-    if constant is None:
+    sizes = int64_values(given)
+    if sizes is None:
         return None
-    sizes = [int(size) for size in np.atleast_1d(constant.numpy())]
     total = math.prod(atom.size for axis in axes for atom in axis)
     known = math.prod(size for size in sizes if size > 0)
     if 0 in sizes or total % known:
@@ -176,11 +170,8 @@ def _write(
 
     def view(to: Sequence[int]) -> None:
         nonlocal value
-        if list(to) != list(_static(value) or ()):
-            constant = ir.node("Constant", [], {"value": ir.tensor(list(to), dtype=ir.DataType.INT64)})
-            constant.outputs[0].const_value = constant.attributes["value"].as_tensor()
-            constant.outputs[0].shape = ir.Shape([len(to)])
-            constant.outputs[0].type = ir.TensorType(ir.DataType.INT64)
+        if list(to) != list(static_shape(value) or ()):
+            constant = int64_constant(to)
             append(ir.node("Reshape", [value, constant.outputs[0]]), to, constant)
 
     def append(new: ir.Node, to: Sequence[int], *before: ir.Node) -> None:
@@ -197,13 +188,7 @@ def _write(
     for index, new in enumerate(made):
         new.name = f"{node.name}/{index}"
         new.outputs[0].name = f"{node.outputs[0].name}/{index}"
-    graph.insert_before(node, made)
-    old = node.outputs[0]
-    name = old.name
-    ir.convenience.replace_all_uses_with(old, value, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
-    if made:
-        value.name = name
+    put_in_place(graph, node, made, value)
 
 
 def _remove_unused(graph: ir.Graph) -> None:

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from t3compile.errors import MissingExtraError
+from t3compile.export.graph_values import put_in_place
 from t3compile.export.rounded_weights import Round, Rounding, product_weights, require_found
 from t3compile.export.store_weights import LazyWeight
 
@@ -150,10 +151,7 @@ def _quantize(graph: ir.Graph, value: ir.Value, matrix: LazyWeight, block: int, 
         result = made[-1].outputs[0]
         old = node.outputs[0]
         result.shape, result.type = old.shape, old.type
-        graph.insert_before(node, made)
-        ir.convenience.replace_all_uses_with(old, result, replace_graph_outputs=True)
-        graph.remove(node, safe=True)
-        result.name = old.name
+        put_in_place(graph, node, made, result)
     assert value.name is not None
     del graph.initializers[value.name]
     return sum(part.const_value.nbytes for part in parts if part.const_value is not None)

@@ -19,6 +19,7 @@ from collections.abc import Callable
 import onnx_ir as ir
 
 from t3compile.export.attention_forms import attention_into_products, is_attention, is_plain
+from t3compile.export.graph_values import put_in_place
 from t3compile.export.window_function import constants_into_nodes
 
 
@@ -91,10 +92,7 @@ def _spell_rms_norm(graph: ir.Graph, node: ir.Node) -> None:
         new.name = f"{node.name}/{index}"
     result = scaled.outputs[0]
     result.shape, result.type = out.shape, out.type
-    graph.insert_before(node, made)
-    ir.convenience.replace_all_uses_with(out, result, replace_graph_outputs=True)
-    graph.remove(node, safe=True)
-    result.name = out.name
+    put_in_place(graph, node, made, result)
 
 
 def _constant(name: str, tensor: ir.TensorProtocol) -> ir.Node:

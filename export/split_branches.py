@@ -17,7 +17,8 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from t3compile.export.attention_forms import is_attention, is_plain, sizes_of
+from t3compile.export.attention_forms import is_attention, is_plain
+from t3compile.export.graph_values import int64_constant, int64_values, sizes_of
 
 
 @dataclass(frozen=True)
@@ -65,10 +66,10 @@ def _slices(value: ir.Value) -> dict[ir.Node, int] | None:
     """Which element of axis 0 each use takes; None where one takes something else."""
     taken: dict[ir.Node, int] = {}
     for use in value.uses():
-        constants = [None if x is None else ir.convenience.get_const_tensor(x) for x in use.node.inputs[1:]]
+        constants = [int64_values(x) for x in use.node.inputs[1:]]
         if use.node.domain != "" or use.node.op_type != "Slice" or len(constants) < 3 or None in constants:
             return None
-        start, end, axis, *step = ([int(number) for number in x.numpy()] for x in constants if x is not None)
+        start, end, axis, *step = (x for x in constants if x is not None)
         if axis != [0] or step not in ([], [[1]]) or end[0] != start[0] + 1 or start[0] < 0:
             return None
         taken[use.node] = start[0]
@@ -88,8 +89,7 @@ def _split(
         values: list[ir.Value | None] = []
         for name, given, stacked in zip("qkv", node.inputs[:3], parts, strict=True):
             sizes = (1, *sizes_of(given)[1:])
-            shape = ir.node("Constant", [], {"value": ir.tensor(list(sizes), dtype=ir.DataType.INT64)})
-            shape.outputs[0].const_value = shape.attributes["value"].as_tensor()
+            shape = int64_constant(sizes)
             view = ir.node("Reshape", [stacked[index], shape.outputs[0]])
             view.outputs[0].shape, view.outputs[0].type = ir.Shape(sizes), stacked[index].type
             made += [shape, view]

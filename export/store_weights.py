@@ -20,7 +20,7 @@ from torch import Tensor
 
 from t3compile.errors import WeightsError
 from t3compile.files import scratch_folder
-from t3compile.mapped_files import Extent, MappedFile, byte_view
+from t3compile.mapped_files import Extent, MappedFile, byte_chunks
 from t3compile.program import Program
 from t3compile.progress import SILENT, Advance, Progress
 
@@ -28,7 +28,6 @@ from t3compile.progress import SILENT, Advance, Progress
 INLINE_BYTES = 1024
 # Runtimes that map single tensors do so at multiples of a page.
 _PAGE_BYTES = 4096
-_CHUNK_BYTES = 1 << 24
 _NOT_IN_A_FILE = "converted when read, or in no safetensors file"
 _CHANGED = "made or changed by the exporter"
 _MISALIGNED = "not at a multiple of its element's size"
@@ -227,13 +226,10 @@ def _write(data: BinaryIO, value: ir.Value, advance: Advance) -> int:
     assert tensor is not None
     if not isinstance(tensor, LazyWeight):
         advance(data.write(tensor.tobytes()))
-    elif (extent := tensor.locate()) is not None:
-        for chunk in extent.chunks():
-            advance(data.write(chunk))
     else:
-        view = byte_view(tensor.value())
-        for begin in range(0, len(view), _CHUNK_BYTES):
-            advance(data.write(view[begin : begin + _CHUNK_BYTES]))
+        extent = tensor.locate()
+        for chunk in byte_chunks(tensor.value()) if extent is None else extent.chunks():
+            advance(data.write(chunk))
     return offset
 
 

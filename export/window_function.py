@@ -17,7 +17,8 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from t3compile.errors import EngineError
-from t3compile.export.attention_forms import AttentionChoice, sizes_of, spell_attention
+from t3compile.export.attention_forms import AttentionChoice, spell_attention
+from t3compile.export.graph_values import sizes_of
 from t3compile.export.merge_transposes import merge_transposes
 from t3compile.export.torch_onnx import OPSET, export_graph
 from t3compile.ops import WindowAttention, WindowAttentionArgs

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.export import ExportedProgram
 
-from t3compile.mapped_files import Extent, byte_view
+from t3compile.mapped_files import Extent, byte_chunks
 from t3compile.progress import Advance, unmeasured
 from t3compile.weight_references import WeightReferences
 from t3compile.weights import Weights
@@ -31,7 +31,6 @@ WEIGHTS_FOLDER = "data/weights/"
 WEIGHTS_CONFIG = f"{WEIGHTS_FOLDER}model_weights_config.json"
 _ALIGNMENT = 64
 _PADDING_ID = b"FB"
-_CHUNK_BYTES = 1 << 24
 
 
 @dataclass(frozen=True)
@@ -110,8 +109,8 @@ def _content(payload: _Payload, form: Tensor, weights: Weights) -> tuple[Iterabl
     value = weights.load(payload.names[0]).detach()
     if _is_dense(form):
         dense = torch.empty_strided(form.shape, form.stride(), dtype=value.dtype).copy_(value)
-        return _slices(dense.as_strided((dense.numel(),), (1,))), False
-    return _slices(value.contiguous()), True
+        return byte_chunks(dense.as_strided((dense.numel(),), (1,))), False
+    return byte_chunks(value.contiguous()), True
 
 
 def _is_dense(form: Tensor) -> bool:
@@ -122,12 +121,6 @@ def _is_dense(form: Tensor) -> bool:
             return False
         step *= size
     return True
-
-
-def _slices(tensor: Tensor) -> Iterator[memoryview]:
-    view = byte_view(tensor)
-    for begin in range(0, len(view), _CHUNK_BYTES):
-        yield view[begin : begin + _CHUNK_BYTES]
 
 
 def _describe(entry: dict[str, Any], path_name: str, form: Tensor, is_row_major: bool) -> None:

@@ -142,6 +142,13 @@ def byte_view(tensor: Tensor) -> memoryview:
     return flat.numpy().data if flat.numel() else memoryview(b"")
 
 
+def byte_chunks(tensor: Tensor) -> Iterator[memoryview]:
+    """The bytes of a row-major tensor on the CPU in order, some MiB at a time, none copied."""
+    view = byte_view(tensor)
+    for begin in range(0, len(view), _CHUNK_BYTES):
+        yield view[begin : begin + _CHUNK_BYTES]
+
+
 @dataclass(frozen=True)
 class MappedTensors:
     """Named tensors and the files that they lie in."""

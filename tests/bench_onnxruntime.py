@@ -27,8 +27,8 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
-from t3compile.export.attention_forms import ATTENTION_FORMS, AttentionForm, spell_attention
-from t3compile.export.attention_rule import LEEWAY, FormBound, derive_rule
+from t3compile.export.attention_forms import ATTENTION_FORMS, spell_attention
+from t3compile.export.attention_rule import LEEWAY, AttentionForm, FormBound, derive_rule
 from t3compile.export.torch_onnx import OPSET
 
 _FLOP = 4e9

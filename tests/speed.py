@@ -219,7 +219,7 @@ def plot(rows: Sequence[Row], path: Path) -> None:
         matplotlib.use("agg")
         from matplotlib import pyplot
     except ImportError:
-        raise MissingExtraError("the plot needs matplotlib: pip install 't3compile[plot]'") from None
+        raise MissingExtraError("matplotlib", "plot", "drawing the steps (--plot)") from None
     models = list(dict.fromkeys(row.model for row in rows))
     figure, panels = pyplot.subplots(1, len(models), figsize=(4.6 * len(models), 3.6), squeeze=False)
     for model, axes in zip(models, panels[0], strict=True):

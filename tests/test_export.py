@@ -21,7 +21,8 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from t3compile.errors import ExportError
 from t3compile.execute import execute
-from t3compile.export.attention_forms import ATTENTION_FORMS, AttentionForm
+from t3compile.export.attention_forms import ATTENTION_FORMS
+from t3compile.export.attention_rule import AttentionForm
 from t3compile.inputs import named_inputs
 from t3compile.passes.mix_precision import MixPrecision
 from t3compile.pipeline import detect, export_onnx, export_onnx_report, rewrite

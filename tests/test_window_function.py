@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from t3compile.errors import EngineError
 from t3compile.execute import execute
-from t3compile.export.attention_forms import ATTENTION_FORMS, AttentionForm
+from t3compile.export.attention_forms import ATTENTION_FORMS
+from t3compile.export.attention_rule import AttentionForm
 from t3compile.export.window_function import (
     CONFIGURATION_PROPERTY,
     FunctionKey,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import shutil
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,8 +22,7 @@ from t3compile.benchmark.write_target import check_runtime, write_inputs, write_
 from t3compile.errors import EngineError, T3CompileError
 from t3compile.macs import graph_macs
 from t3compile.program import Program
-
-Progress = Callable[[str], None]
+from t3compile.progress import SILENT, Progress
 
 
 @dataclass(frozen=True)
@@ -47,7 +46,7 @@ def bench(
     settings: BenchSettings | None = None,
     *,
     command: str = "",
-    progress: Progress = lambda _: None,
+    progress: Progress = SILENT,
 ) -> BenchReport:
     """Measure every workload and compare its variants; files and processes are gone when this returns or raises.
 

@@ -16,6 +16,7 @@ from t3compile.cli.options import (
     grid_option,
     json_option,
     model_options,
+    plan_option,
     plan_options,
     refuse_options,
     shielded,
@@ -49,7 +50,7 @@ def _choices(known: tuple[str, ...]) -> Callable[[click.Context, click.Parameter
 @grid_option
 @plan_options
 @json_option
-@click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="A plan file instead of --schedule.")
+@plan_option
 @click.option(
     "--against",
     default="full,paper",

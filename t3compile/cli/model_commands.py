@@ -13,6 +13,7 @@ from t3compile.cli.options import (
     grid_option,
     json_option,
     model_options,
+    plan_option,
     plan_options,
     probe_option,
     shielded,
@@ -103,7 +104,7 @@ def plan(
 @grid_option
 @plan_options
 @json_option
-@click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="A plan file instead of --schedule.")
+@plan_option
 @shielded
 def cost(
     grid: str | None,
@@ -133,7 +134,7 @@ def cost(
 @probe_option
 @json_option
 @click.option("-o", "--output", type=click.Path(path_type=Path), required=True, help="The .pt2 to write.")
-@click.option("--plan", "plan_file", type=click.Path(path_type=Path), help="A plan file instead of --schedule.")
+@plan_option
 @click.option("--portable", is_flag=True, help="Write plain aten: the file loads with torch alone.")
 @click.option(
     "--store-weights",

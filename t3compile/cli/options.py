@@ -80,6 +80,9 @@ plan_options = _options(
     ),
     click.option("--min-tokens", type=click.IntRange(min=0), help="Under auto, shorter sequences stay full."),
 )
+plan_option = click.option(
+    "--plan", "plan_file", type=click.Path(path_type=Path), help="A plan file instead of --schedule."
+)
 probe_option = click.option(
     "--probe",
     is_flag=True,

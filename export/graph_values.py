@@ -1,0 +1,50 @@
+"""Values of ONNX graphs in memory: known shapes and numbers, constants, and new nodes in the place of one."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import onnx_ir as ir
+
+
+def static_shape(value: ir.Value | None) -> tuple[int, ...] | None:
+    """The sizes of a value; None where one is unknown."""
+    if value is None or value.shape is None or not value.shape.is_static():
+        return None
+    return tuple(int(str(size)) for size in value.shape)
+
+
+def sizes_of(value: ir.Value | None) -> tuple[int, ...]:
+    """The sizes of a value that has known ones."""
+    sizes = static_shape(value)
+    assert sizes is not None
+    return sizes
+
+
+def int64_values(value: ir.Value | None) -> list[int] | None:
+    """The numbers of a constant, flattened; None where it is none."""
+    tensor = None if value is None else ir.convenience.get_const_tensor(value)
+    return None if tensor is None else [int(number) for number in tensor.numpy().reshape(-1)]
+
+
+def int64_constant(numbers: Sequence[int]) -> ir.Node:
+    """A Constant node of one axis, its output's value, shape and type known."""
+    node = ir.node("Constant", [], {"value": ir.tensor(list(numbers), dtype=ir.DataType.INT64)})
+    out = node.outputs[0]
+    out.const_value = node.attributes["value"].as_tensor()
+    out.shape, out.type = ir.Shape([len(numbers)]), ir.TensorType(ir.DataType.INT64)
+    return node
+
+
+def put_in_place(graph: ir.Graph, old: ir.Node, made: Sequence[ir.Node], result: ir.Value) -> None:
+    """Put nodes in the place of one with a single output that is used; ``result`` replaces it, under its name.
+
+    Without ``made`` nodes the result is another's value and keeps its own name.
+    """
+    out = old.outputs[0]
+    name = out.name
+    graph.insert_before(old, made)
+    ir.convenience.replace_all_uses_with(out, result, replace_graph_outputs=True)
+    graph.remove(old, safe=True)
+    if made:
+        result.name = name
