@@ -85,8 +85,12 @@ def test_variants_are_asked_in_turns_and_shared_targets_once() -> None:
     windows = Lane("windows", Scripted(log, "w", {"w0": [1, 2], "w1": [3, 4]}), {"a": "w0", "b": "w1"})
     full = Lane("full", Scripted(log, "f", {"f0": [10, 20]}), {"a": "f0", "b": "f0"})
     rounds: list[int] = []
-    measure_in_turns([windows, full], ["a", "b"], 2, rounds.append)
+    timed: list[str] = []
+    measure_in_turns(
+        [windows, full], ["a", "b"], 2, rounds.append, lambda lane, target: timed.append(f"{lane.variant[0]}.{target}")
+    )
     assert rounds == [1, 2]
+    assert timed == log
     assert log == ["w.w0", "f.f0", "w.w1"] * 2
     assert windows.times_s == {"a": [1, 2], "b": [3, 4]}
     assert full.times_s == {"a": [10, 20], "b": [10, 20]}

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import datetime
 import shutil
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -22,7 +22,7 @@ from t3compile.benchmark.write_target import check_runtime, write_inputs, write_
 from t3compile.errors import EngineError, T3CompileError
 from t3compile.macs import graph_macs
 from t3compile.program import Program
-from t3compile.progress import SILENT, Progress
+from t3compile.progress import SILENT, Advance, Progress
 
 
 @dataclass(frozen=True)
@@ -157,16 +157,26 @@ class _Group:
             started = [children.enter_context(child_process(self.folder, name)) for name in settings.variants]
             pairs = zip(settings.variants, started, strict=True)
             lanes = [lane for variant, child in pairs if (lane := self._load(variant, child)) is not None]
-            records = {lane.variant: self._warm(lane) for lane in lanes if lane.is_running}
-            names = [case.name for case in self.cases]
-            measure_in_turns(
-                lanes,
-                names,
-                settings.repeats,
-                lambda number: self.run.progress(f"{self._at}: round {number} of {settings.repeats}"),
-            )
+            work = {lane.variant: self._macs_of_targets(lane) for lane in lanes}
+            a_round = sum(sum(macs.values()) for macs in work.values())
+            with self.run.progress.measure((self._warm_calls + settings.repeats) * a_round, "MACs") as advance:
+                records = {lane.variant: self._warm(lane, work[lane.variant], advance) for lane in lanes}
+                measure_in_turns(
+                    lanes,
+                    [case.name for case in self.cases],
+                    settings.repeats,
+                    lambda number: self.run.progress(f"{self._at}: round {number} of {settings.repeats}"),
+                    lambda lane, target: advance(work[lane.variant][target]),
+                )
             for lane in lanes:
                 self._keep(lane, records.get(lane.variant))
+
+    @property
+    def _warm_calls(self) -> int:
+        return max(1, self.run.settings.warmup)
+
+    def _macs_of_targets(self, lane: Lane) -> dict[str, int]:
+        return {lane.targets[case.name]: self.macs[case.name, lane.variant] for case in self.cases}
 
     def _load(self, variant: Variant, child: ChildProcess) -> Lane | None:
         """Every case of a variant loaded in its process, or None where the files cannot be made."""
@@ -203,7 +213,7 @@ class _Group:
                 write_inputs(program, inputs)
         return write_target(program, name, self.folder, self.runtime, self.run.settings.device, inputs)
 
-    def _warm(self, lane: Lane) -> list[WarmAnswer]:
+    def _warm(self, lane: Lane, work: Mapping[str, int], advance: Advance) -> list[WarmAnswer]:
         """Warm every target up, compare its outputs, and let memory settle."""
         answers: dict[str, WarmAnswer] = {}
 
@@ -213,13 +223,14 @@ class _Group:
                 output = self.folder / f"{name}.out"
                 if name not in answers:
                     self.run.progress(f"{self._at}: warming up {lane.variant}, {case.name}")
-                    calls = max(1, self.run.settings.warmup)
-                    said = lane.child.ask("warm", name=name, calls=calls, output=str(output))
+                    said = lane.child.ask("warm", name=name, calls=self._warm_calls, output=str(output))
+                    advance(self._warm_calls * work[name])
                     answers[name] = WarmAnswer(**{**said, "paths": tuple(said["paths"]), "notes": tuple(said["notes"])})
                 self._compare(lane.variant, case, output)
             lane.child.ask("settle")
 
-        lane.try_to(warm)
+        if lane.is_running:
+            lane.try_to(warm)
         for name in set(lane.targets.values()):
             (self.folder / f"{name}.out").unlink(missing_ok=True)
         return list(answers.values())

@@ -30,9 +30,23 @@ class Lane:
         except T3CompileError as error:
             self.error = error
 
+    def seconds(self, target: str) -> float | None:
+        """Time one call of a target; None where the lane has left, or leaves now."""
+        if not self.is_running:
+            return None
+        try:
+            return float(self.child.ask("time", name=target)["seconds"])
+        except T3CompileError as error:
+            self.error = error
+            return None
+
 
 def measure_in_turns(
-    lanes: Sequence[Lane], cases: Sequence[str], repeats: int, progress: Callable[[int], None] = lambda _: None
+    lanes: Sequence[Lane],
+    cases: Sequence[str],
+    repeats: int,
+    progress: Callable[[int], None] = lambda _: None,
+    timed: Callable[[Lane, str], None] = lambda _, __: None,
 ) -> None:
     """Time every case ``repeats`` times in every lane, round by round; lanes whose child fails leave, others go on.
 
@@ -40,14 +54,13 @@ def measure_in_turns(
     """
     for number in range(repeats):
         progress(number + 1)
-        known: dict[tuple[int, str], float] = {}
+        known: dict[tuple[int, str], float | None] = {}
         for case in cases:
             for position, lane in enumerate(lanes):
-                if lane.is_running:
-                    lane.try_to(lambda lane=lane, key=(position, lane.targets[case]): _time(lane, case, key, known))  # type: ignore[misc]  # noqa: B023
-
-
-def _time(lane: Lane, case: str, key: tuple[int, str], known: dict[tuple[int, str], float]) -> None:
-    if key not in known:
-        known[key] = float(lane.child.ask("time", name=key[1])["seconds"])
-    lane.times_s.setdefault(case, []).append(known[key])
+                target = lane.targets[case]
+                if (position, target) not in known:
+                    known[position, target] = lane.seconds(target)
+                    timed(lane, target)
+                seconds = known[position, target]
+                if lane.is_running and seconds is not None:
+                    lane.times_s.setdefault(case, []).append(seconds)
