@@ -8,8 +8,9 @@ cannot do that.
 from __future__ import annotations
 
 import os
-from collections.abc import Collection, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO, Literal
 
@@ -20,9 +21,10 @@ from torch import Tensor
 
 from t3compile.errors import WeightsError
 from t3compile.files import scratch_folder
-from t3compile.mapped_files import Extent, MappedFile, byte_chunks
+from t3compile.mapped_files import Extent, MappedFile, byte_chunks, byte_view
 from t3compile.program import Program
 from t3compile.progress import SILENT, Advance, Progress
+from t3compile.streamed_file import is_too_large_to_cache, one_ahead, open_new
 
 # Smaller tensors stay inside the ONNX file: onnxruntime reads shapes and scalars from there.
 INLINE_BYTES = 1024
@@ -79,6 +81,20 @@ class WeightStorage:
         return tuple(notes)
 
 
+class _ReusedMemory:
+    """Named blocks that every weight uses again: the system clears fresh pages, which takes longer than the copy."""
+
+    def __init__(self) -> None:
+        self._blocks: dict[str, Tensor] = {}
+
+    def hold(self, name: str, nbytes: int) -> Tensor:
+        """Bytes of the block, uint8 [nbytes]; what they held is lost."""
+        block = self._blocks.get(name)
+        if block is None or block.numel() < nbytes:
+            block = self._blocks[name] = torch.empty(nbytes, dtype=torch.uint8)
+        return block[:nbytes]
+
+
 class LazyWeight(ir.LazyTensor):
     """A program's weight, read when its values are asked for; ``permutation`` transposes it."""
 
@@ -105,7 +121,26 @@ class LazyWeight(ir.LazyTensor):
 
     def locate(self) -> Extent | None:
         """Where these very bytes are in a file."""
-        extent = None if self.permutation is not None else self.program.weights.locate(self.weight)
+        return None if self.permutation is not None else self.stored()
+
+    def value_in(self, memory: _ReusedMemory, number: int) -> Tensor:
+        """The row-major tensor; where it is transposed, in a numbered block that a later weight takes over."""
+        extent = self.stored()
+        if extent is None or self.permutation is None:
+            return self.value()
+        dtype = to_torch_dtype(self.dtype)
+        # permutation[i] is the axis of the stored tensor that becomes axis i.
+        stored = [0] * len(self.permutation)
+        for axis, size in zip(self.permutation, self.shape, strict=True):
+            stored[axis] = int(str(size))
+        source = memory.hold("as stored", extent.nbytes).view(dtype).view(stored)
+        extent.file.read_into(byte_view(source), extent.offset)
+        moved = source.permute(self.permutation)
+        return memory.hold(f"transposed {number}", extent.nbytes).view(dtype).view(moved.shape).copy_(moved)
+
+    def stored(self) -> Extent | None:
+        """Where its bytes are in a file, before they are transposed."""
+        extent = self.program.weights.locate(self.weight)
         return extent if extent is not None and extent.nbytes == self.nbytes else None
 
     def transposed(self, permutation: tuple[int, ...]) -> LazyWeight:
@@ -148,7 +183,7 @@ def store_weights(
     """Write the data of the initializers to ``path``.data in the stage, or point them into files that have it.
 
     Every initializer of at least 1 KiB becomes external; ``path`` is where the ONNX file will be. ``extents`` are the
-    weights to share; None where sharing was not asked for. No more than one weight is held at a time.
+    weights to share; None where sharing was not asked for. No more than two weights are held at a time.
     """
     values = [value for value in model.graph.initializers.values() if _nbytes(value) >= INLINE_BYTES]
     shared = dict(_shared(values, extents or {}))
@@ -167,9 +202,11 @@ def store_weights(
             _copy(file, stage / files[file.address].location, advance)
         if written:
             location = data_path(path).name
-            with (stage / location).open("wb") as data:
-                for value in written:
-                    offset = _write(data, value, advance)
+            with open_new(stage / location, total) as data:
+                for value, content in zip(written, one_ahead(_contents(written)), strict=True):
+                    offset = _write(data, value, content, advance)
+                    if is_too_large_to_cache(total):
+                        _forget(value)
                     _point(value, location, offset, _nbytes(value), stage)
     return WeightStorage(
         sum(map(_nbytes, written)),
@@ -217,20 +254,37 @@ def _point(value: ir.Value, location: str, offset: int, length: int, folder: Pat
     )
 
 
-def _write(data: BinaryIO, value: ir.Value, advance: Advance) -> int:
+def _contents(values: Iterable[ir.Value]) -> Iterator[Callable[[], Iterable[Any]]]:
+    """What makes the bytes of each tensor ready; those of the tensor before stay as they are meanwhile."""
+    memory = _ReusedMemory()
+    for number, value in enumerate(values):
+        yield partial(_content, value, memory, number % 2)
+
+
+def _content(value: ir.Value, memory: _ReusedMemory, number: int) -> Iterable[Any]:
+    tensor = value.const_value
+    assert tensor is not None
+    if not isinstance(tensor, LazyWeight):
+        return [tensor.tobytes()]
+    extent = tensor.locate()
+    return extent.chunks() if extent is not None else byte_chunks(tensor.value_in(memory, number))
+
+
+def _write(data: BinaryIO, value: ir.Value, content: Iterable[Any], advance: Advance) -> int:
     """Append one tensor; the byte at which it begins."""
     alignment = _PAGE_BYTES if _nbytes(value) >= _PAGE_BYTES else 64
     data.write(b"\0" * (-data.tell() % alignment))
     offset = data.tell()
-    tensor = value.const_value
-    assert tensor is not None
-    if not isinstance(tensor, LazyWeight):
-        advance(data.write(tensor.tobytes()))
-    else:
-        extent = tensor.locate()
-        for chunk in byte_chunks(tensor.value()) if extent is None else extent.chunks():
-            advance(data.write(chunk))
+    for chunk in content:
+        advance(data.write(chunk))
     return offset
+
+
+def _forget(value: ir.Value) -> None:
+    tensor = value.const_value
+    extent = tensor.stored() if isinstance(tensor, LazyWeight) else None
+    if extent is not None:
+        extent.forget()
 
 
 def _share_files(files: list[MappedFile], path: Path, stage: Path) -> list[SharedFile]:
@@ -264,7 +318,7 @@ def _link(source: Path, target: Path) -> bool:
 
 
 def _copy(file: MappedFile, target: Path, advance: Advance) -> None:
-    with target.open("wb") as copied:
+    with open_new(target, file.nbytes) as copied:
         for chunk in Extent(file, 0, file.nbytes).chunks():
             advance(copied.write(chunk))
 

@@ -8,7 +8,7 @@ from t3compile.passes.canonicalize_attention_backends import CanonicalizeAttenti
 from t3compile.passes.canonicalize_attention_shape import CanonicalizeAttentionShape
 from t3compile.passes.canonicalize_flex_attention import CanonicalizeFlexAttention
 from t3compile.passes.canonicalize_softmax_attention import CanonicalizeSoftmaxAttention
-from t3compile.passes.graph_pass import GraphPass
+from t3compile.passes.graph_pass import GraphPass, apply_passes
 from t3compile.program import Program
 
 CANONICALIZATION: tuple[GraphPass, ...] = (
@@ -26,8 +26,7 @@ def canonicalize(program: Program) -> Program:
     """
     if program.plan is not None:
         return program
-    for canonical in CANONICALIZATION:
-        program = canonical(program).program
+    program = apply_passes(program, CANONICALIZATION)
     retrace = program.retrace
     if retrace is None:
         return program

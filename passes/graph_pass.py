@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import operator
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -41,7 +41,7 @@ class GraphPass(ABC):
 
     @abstractmethod
     def apply(self, graph_module: fx.GraphModule, program: Program) -> bool:
-        """Edit the copied graph; whether anything changed."""
+        """Edit the copied graph; whether anything changed. If not, the graph is as it was."""
 
     def ensures(self, result: Program) -> None:
         """Raise where a changed program is not what the pass promises."""
@@ -56,13 +56,29 @@ class GraphPass(ABC):
         graph_module = copy_graph_module(program.exported)
         if not self.apply(graph_module, program):
             return PassResult(program, modified=False)
+        return PassResult(self.finish(graph_module, program), modified=True)
+
+    def finish(self, graph_module: fx.GraphModule, program: Program) -> Program:
+        """The program of a graph that ``apply`` changed."""
         remove_unused(graph_module.graph)
         graph_module.graph.lint()
         graph_module.recompile()
         _check_interface(program.graph, graph_module.graph)
         result = self.attach(graph_module, program)
         self.ensures(result)
-        return PassResult(result, modified=True)
+        return result
+
+
+def apply_passes(program: Program, passes: Iterable[GraphPass]) -> Program:
+    """One pass after the other; a copy of the graph that one left as it was serves the next."""
+    copied: fx.GraphModule | None = None
+    for graph_pass in passes:
+        graph_pass.requires(program)
+        if copied is None:
+            copied = copy_graph_module(program.exported)
+        if graph_pass.apply(copied, program):
+            program, copied = graph_pass.finish(copied, program), None
+    return program
 
 
 def _check_interface(before: fx.Graph, after: fx.Graph) -> None:

@@ -15,10 +15,11 @@ import torch
 from torch import Tensor, fx, nn
 
 from t3compile.errors import RewriteError
-from t3compile.ops import WINDOW_ATTENTION, WindowAttentionCall
+from t3compile.ops import WINDOW_ATTENTION
 from t3compile.ops.window_attention import ONNX_NAME
-from t3compile.passes.graph_pass import GraphPass, inline_graph
-from t3compile.program import Program, trace
+from t3compile.passes.graph_pass import GraphPass
+from t3compile.passes.inline_calls import inline_calls
+from t3compile.program import Program
 
 
 class _Symbolic(nn.Module):
@@ -44,11 +45,7 @@ class LegalizeWindowAttention(GraphPass):
 
     def apply(self, graph_module: fx.GraphModule, program: Program) -> bool:
         calls = [node for node in graph_module.graph.nodes if node.target is WINDOW_ATTENTION]
-        for node in calls:
-            call = WindowAttentionCall.read(node.args, node.kwargs)
-            values = tuple(x.meta["val"] for x in call.tensors)
-            body = trace(_Symbolic(call.args.as_attributes()), values).graph
-            inline_graph(node, call.tensors, body)
+        inline_calls(calls, lambda args: _Symbolic(args.as_attributes()))
         return bool(calls)
 
     def ensures(self, result: Program) -> None:

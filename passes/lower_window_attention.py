@@ -14,10 +14,11 @@ from dataclasses import dataclass
 from torch import Tensor, fx, nn
 
 from t3compile.errors import RewriteError
-from t3compile.ops import WINDOW_ATTENTION, WindowAttentionArgs, WindowAttentionCall
+from t3compile.ops import WINDOW_ATTENTION, WindowAttentionArgs
 from t3compile.ops.lowered_attention import lowered_window_attention
-from t3compile.passes.graph_pass import GraphPass, inline_graph
-from t3compile.program import Program, trace
+from t3compile.passes.graph_pass import GraphPass
+from t3compile.passes.inline_calls import inline_calls
+from t3compile.program import Program
 
 # Of q, k, v, the arguments and the mask, as ops.lowered_attention.lowered_window_attention.
 AttentionFunction = Callable[[Tensor, Tensor, Tensor, WindowAttentionArgs, Tensor | None], Tensor]
@@ -31,14 +32,7 @@ class LowerWindowAttention(GraphPass):
 
     def apply(self, graph_module: fx.GraphModule, program: Program) -> bool:
         calls = [node for node in graph_module.graph.nodes if node.target is WINDOW_ATTENTION]
-        bodies: dict[object, fx.Graph] = {}
-        for node in calls:
-            call = WindowAttentionCall.read(node.args, node.kwargs)
-            values = tuple(x.meta["val"] for x in call.tensors)
-            key = (call.args, *((tuple(x.shape), x.stride(), x.dtype) for x in values))
-            if key not in bodies:
-                bodies[key] = trace(_Body(self.body, call.args), values).graph
-            inline_graph(node, call.tensors, bodies[key])
+        inline_calls(calls, lambda args: _Body(self.body, args))
         return bool(calls)
 
     def ensures(self, result: Program) -> None:

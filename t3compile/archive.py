@@ -21,6 +21,7 @@ from torch.export import ExportedProgram
 
 from t3compile.mapped_files import Extent, byte_chunks
 from t3compile.progress import Advance, unmeasured
+from t3compile.streamed_file import is_too_large_to_cache, open_new
 from t3compile.weight_references import WeightReferences
 from t3compile.weights import Weights
 
@@ -58,8 +59,13 @@ def write_archive(
     referenced = {} if references is None else references.tensors
     if references is not None:
         extra = {**extra, REFERENCES_ENTRY: references.dumps()}
+    stored = sum(tensor.nbytes for name, tensor in exported.state_dict.items() if name not in referenced)
     payloads = list(_payloads(exported.state_dict, weights, frozenset(referenced)))
-    with zipfile.ZipFile(_without_weights(exported, extra)) as skeleton, zipfile.ZipFile(path, "w") as archive:
+    with (
+        zipfile.ZipFile(_without_weights(exported, extra)) as skeleton,
+        open_new(path, stored) as file,
+        zipfile.ZipFile(file, "w") as archive,
+    ):
         root = skeleton.namelist()[0].partition("/")[0]
         config_name = f"{root}/{WEIGHTS_CONFIG}"
         for name in skeleton.namelist():
@@ -70,6 +76,8 @@ def write_archive(
             tensor = exported.state_dict[payload.names[0]]
             chunks, is_row_major = _content(payload, tensor, weights)
             _store(archive, f"{root}/{WEIGHTS_FOLDER}{payload.path_name}", chunks, advance)
+            if payload.extent is not None and is_too_large_to_cache(stored):
+                payload.extent.forget()
             # Names that share a payload count, as in the total, each.
             for name in payload.names[1:]:
                 advance(exported.state_dict[name].nbytes)

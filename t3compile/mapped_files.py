@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from t3compile.errors import WeightsError
+from t3compile.streamed_file import forget
 
 # Linux only; the mmap module names it from Python 3.13 on. Without it a file larger than memory is refused.
 _MAP_NORESERVE = 0x4000 if sys.platform == "linux" else 0
@@ -134,6 +135,10 @@ class Extent:
             part = buffer[: min(_CHUNK_BYTES, self.nbytes - begin)]
             self.file.read_into(part, self.offset + begin)
             yield part
+
+    def forget(self) -> None:
+        """Take the bytes out of the system's cache; nothing where a process has them mapped and read."""
+        forget(self.file.opened.fileno(), self.offset, self.nbytes)
 
 
 def byte_view(tensor: Tensor) -> memoryview:

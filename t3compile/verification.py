@@ -8,10 +8,11 @@ the worse of the two), plus one rounding step of the output.
 
 from __future__ import annotations
 
+import itertools
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from typing import Any, Literal
 
@@ -21,7 +22,7 @@ from torch import Tensor, fx
 from t3compile.cost import joint_pairs
 from t3compile.errors import PlanError
 from t3compile.execute import WIDE_WORK, CallHook, call_work, execute, run_work
-from t3compile.geometry import FRAME_MAJOR
+from t3compile.geometry import FRAME_MAJOR, TokenGrid
 from t3compile.mapped_files import Extent
 from t3compile.ops import WINDOW_ATTENTION, WindowAttentionArgs, WindowAttentionCall
 from t3compile.ops.reference import (
@@ -39,8 +40,11 @@ CheckKind = Literal["identity", "site", "model", "pattern", "graph", "weights", 
 _FACTOR = 2.0
 # Errors beyond this share of the reference are no rounding: even where plain PyTorch has them, something is wrong.
 _MEANINGLESS = 0.1
-# The sampled queries and the head dim of a pattern's check.
-PATTERN_ROWS, PATTERN_DEPTH = 64, 8
+# The queries at random, besides the grid's corners, and the head dim of a pattern's check.
+PATTERN_ROWS, PATTERN_DEPTH = 16, 8
+# Query-key pairs that a pattern's check computes; with more, axes that the pattern does not split are shortened.
+PATTERN_PAIRS = 4 * 10**9
+_SHORTEST = 8
 _PLAIN: tuple[MaskedAttention, ...] = (masked_attention, masked_sdpa)
 
 
@@ -262,13 +266,34 @@ def identity_work(program: Program, identity: Program) -> int:
     return run_work(program) + run_work(identity)
 
 
-def pattern_work(site: SitePlan, rows: int = PATTERN_ROWS) -> int:
-    """What check_pattern does, in MACs."""
+def pattern_work(site: SitePlan) -> int:
+    """What check_pattern does on the site's grid, in MACs."""
+    dense = (PATTERN_ROWS + 8) * site.tokens
     assert site.pattern is not None
+    return 2 * PATTERN_DEPTH * (_pairs(site) + (len(_PLAIN) + WIDE_WORK) * len(site.pattern.branches) * dense)
+
+
+def _pairs(site: SitePlan) -> int:
     extra = site.tokens - site.grid.tokens
-    pairs = joint_pairs(site.grid, extra, site.pattern, extra_queries=site.query_tokens - site.grid.tokens)
-    dense = len(site.pattern.branches) * min(rows, site.query_tokens) * site.tokens
-    return 2 * PATTERN_DEPTH * (pairs + (len(_PLAIN) + WIDE_WORK) * dense)
+    return joint_pairs(site.grid, extra, site.pattern, extra_queries=site.query_tokens - site.grid.tokens)
+
+
+def affordable(site: SitePlan, most_pairs: int = PATTERN_PAIRS) -> SitePlan:
+    """The site, with the axes that its pattern does not split shortened alike until so many pairs are enough.
+
+    Along those axes every window holds all tokens, whatever their number; no split changes, nor any uneven rest.
+    """
+    assert site.pattern is not None
+    unsplit = [axis for axis, n in enumerate(site.pattern.splits.counts) if n == 1]
+    pairs = _pairs(site)
+    if pairs <= most_pairs or not unsplit:
+        return site
+    share = (most_pairs / pairs) ** (1 / (2 * len(unsplit)))
+    sizes = [
+        max(min(_SHORTEST, length), int(length * share)) if axis in unsplit else length
+        for axis, length in enumerate(site.grid.sizes)
+    ]
+    return replace(site, grid=TokenGrid(*sizes))
 
 
 def _reference(
@@ -335,11 +360,10 @@ def _masked_hook(site: SitePlan, attend: MaskedAttention, done: Callable[[], Non
     return run
 
 
-def check_pattern(
-    site: SitePlan, *, scale: float | None = None, rows: int = PATTERN_ROWS, masked: bool = False
-) -> Check:
-    """One pattern at its real grid: random q, k, v of one head, ``rows`` sampled queries against the reference.
+def check_pattern(site: SitePlan, *, real_grid: TokenGrid | None = None, masked: bool = False) -> Check:
+    """One pattern on the site's grid: random q, k, v of one head, sampled queries against the reference.
 
+    They are the corners of the grid and PATTERN_ROWS at random. ``real_grid`` is named beside a shortened one.
     ``masked``: every second key outside the grid is hidden, as a key-padding mask does.
     """
     assert site.pattern is not None
@@ -348,21 +372,30 @@ def check_pattern(
         site.pattern.in_order(site.order),
         site.prefix,
         site.suffix,
-        scale,
+        None,
         site.query_prefix,
         site.query_suffix,
     )
     generator = torch.Generator().manual_seed(0)
     counts = (site.query_tokens, site.tokens, site.tokens)
     qkv = [torch.randn(1, 1, tokens, PATTERN_DEPTH, generator=generator) for tokens in counts]
-    picked = torch.randperm(site.query_tokens, generator=generator)[:rows].sort().values
+    at_random = torch.randperm(site.query_tokens, generator=generator)[:PATTERN_ROWS]
+    picked = torch.cat([_corners(site), at_random]).unique()
     mask = _every_second_extra_key(site) if masked else None
     given = {} if mask is None else {"mask": mask}
     ours = WINDOW_ATTENTION(*qkv, *args.as_op_args(), **given)[..., picked, :]
-    plain = [_reference(site, qkv, mask, scale, attend=attend, rows=picked) for attend in _PLAIN]
+    plain = [_reference(site, qkv, mask, None, attend=attend, rows=picked) for attend in _PLAIN]
     order = "" if site.order == FRAME_MAJOR else f" in order {site.order}"
-    name = f"{site.pattern} on {site.grid}{order}{', masked' if masked else ''}"
-    return derived_check("pattern", name, ours, plain, _exact(site, qkv, mask, scale, picked))
+    shortened = "" if real_grid in (None, site.grid) else f" (shortened from {real_grid} where it does not split)"
+    name = f"{site.pattern} on {site.grid}{shortened}{order}{', masked' if masked else ''}"
+    return derived_check("pattern", name, ours, plain, _exact(site, qkv, mask, None, picked))
+
+
+def _corners(site: SitePlan) -> Tensor:
+    """Positions of the first and last tokens of every axis among the queries; int64 [8]."""
+    grid = site.grid.in_order(site.order)
+    ends = itertools.product(*((0, length - 1) for length in grid.sizes))
+    return site.query_prefix + torch.tensor([grid.index(*corner) for corner in ends])
 
 
 def _every_second_extra_key(site: SitePlan) -> Tensor:

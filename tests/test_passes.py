@@ -22,15 +22,17 @@ from t3compile.geometry import Splits, TokenGrid
 from t3compile.inputs import named_inputs
 from t3compile.ops import WINDOW_ATTENTION, WindowAttentionArgs
 from t3compile.passes.broadcast_masks import BroadcastMasks
+from t3compile.passes.canonicalization import CANONICALIZATION
 from t3compile.passes.forward_copies import ForwardCopies
-from t3compile.passes.graph_pass import GraphPass, remove_unused
+from t3compile.passes.graph_pass import GraphPass, apply_passes, remove_unused
 from t3compile.passes.interleave_slices import InterleaveSlices
 from t3compile.passes.lower_window_attention import LowerWindowAttention
 from t3compile.passes.mix_precision import MixPrecision
 from t3compile.passes.rewrite_attention import RewriteAttention
 from t3compile.pattern import WindowPattern
+from t3compile.pipeline import ONNX_LEGALIZATION
 from t3compile.plan import Plan
-from t3compile.program import Program, trace
+from t3compile.program import Program, copy_graph_module, trace
 from t3compile.sites import AttentionSite, ModelCounts, SiteSurvey
 from t3compile.verification import check_pattern, check_rewritten
 from tests.tiny_models import HandWrittenDiT, tiny_wan
@@ -250,6 +252,39 @@ def test_patterns_of_query_streams_orders_and_masks_are_checked(masked: bool) ->
     check = check_pattern(site, masked=masked)
     assert check.passed
     assert check.name == "(3,2,1) on 3x4x2 in order wth" + ", masked" * masked
+
+
+def test_a_pass_that_changes_nothing_leaves_the_copy_as_it_was(program: Program, rewritten: Program) -> None:
+    left = 0
+    for given in (program, rewritten):
+        for graph_pass in (*CANONICALIZATION, *ONNX_LEGALIZATION):
+            copied = copy_graph_module(given.exported)
+            before = str(copied.graph)
+            if not graph_pass.apply(copied, given):
+                assert str(copied.graph) == before, graph_pass
+                left += 1
+    assert left > 10
+
+
+def test_passes_in_a_row_are_the_passes_one_by_one(rewritten: Program) -> None:
+    one_by_one = rewritten
+    for graph_pass in ONNX_LEGALIZATION:
+        one_by_one = graph_pass(one_by_one).program
+    in_a_row = apply_passes(rewritten, ONNX_LEGALIZATION)
+    assert in_a_row.fingerprint() == one_by_one.fingerprint() != rewritten.fingerprint()
+
+
+def test_equal_calls_are_legalized_by_one_trace(rewritten: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+    traced: list[Any] = []
+
+    def counting(module: nn.Module, args: tuple[Any, ...]) -> Program:
+        traced.append(args)
+        return trace(module, args)
+
+    monkeypatch.setattr("t3compile.passes.inline_calls.trace", counting)
+    patterns = {node.args[3:] for node in rewritten.graph.nodes if node.target is WINDOW_ATTENTION}
+    apply_passes(rewritten, ONNX_LEGALIZATION)
+    assert len(traced) == len({str(pattern) for pattern in patterns})
 
 
 def test_rewrite_refuses_another_number_of_queries() -> None:

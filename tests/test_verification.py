@@ -17,16 +17,25 @@ from torch import Tensor, fx, nn
 
 from t3compile.errors import PlanError
 from t3compile.execute import execute
-from t3compile.geometry import Splits
+from t3compile.geometry import Splits, TokenGrid
 from t3compile.inputs import named_inputs
 from t3compile.loading import load_program
 from t3compile.ops import WINDOW_ATTENTION
 from t3compile.passes.find_attention import find_attention
 from t3compile.pattern import WindowPattern
 from t3compile.pipeline import detect, rewrite, verify
-from t3compile.plan import Plan, make_plan
+from t3compile.plan import Plan, SitePlan, make_plan
 from t3compile.program import Program, copy_exported, trace
-from t3compile.verification import Check, VerifyReport, check_identity, check_pattern, derived_check, worst
+from t3compile.verification import (
+    PATTERN_PAIRS,
+    Check,
+    VerifyReport,
+    affordable,
+    check_identity,
+    check_pattern,
+    derived_check,
+    worst,
+)
 from t3compile.weights import TensorWeights
 from tests.recorded import Recorded
 from tests.tiny_models import HandWrittenDiT, tiny_wan
@@ -362,6 +371,40 @@ def test_check_pattern_sees_a_broken_op(large: Case, monkeypatch: pytest.MonkeyP
 
     monkeypatch.setattr("t3compile.verification.WINDOW_ATTENTION", local_only)
     assert not check_pattern(site).passed
+
+
+def test_a_pattern_too_large_for_its_grid_is_shortened_where_it_does_not_split() -> None:
+    frames = SitePlan("a", TokenGrid(21, 136, 240), 0, 5, WindowPattern(Splits(21, 1, 1)))
+    short = affordable(frames)
+    assert short.grid == TokenGrid(21, 88, 156)
+    assert short.grid.tokens * 88 * 156 <= PATTERN_PAIRS
+    assert (short.suffix, short.pattern) == (5, frames.pattern)
+    uneven = SitePlan("b", TokenGrid(7, 9, 40), 0, 0, WindowPattern(Splits(1, 4, 7)))
+    assert affordable(uneven, 10).grid == TokenGrid(7, 9, 40)  # a window of one token's length proves little
+    assert affordable(replace(uneven, grid=TokenGrid(30, 9, 40)), 10).grid == TokenGrid(8, 9, 40)
+    every_axis = replace(uneven, pattern=WindowPattern(Splits(2, 2, 2)))
+    assert affordable(every_axis, 10) is every_axis
+
+
+def test_a_shortened_grid_is_named_beside_the_real_one() -> None:
+    site = SitePlan("a", TokenGrid(3, 24, 20), 2, 0, WindowPattern(Splits(3, 1, 1)))
+    short = affordable(site, 10**5)
+    assert short.grid == TokenGrid(3, 14, 12)
+    check = check_pattern(short, real_grid=site.grid)
+    assert check.passed
+    assert check.name == "(3,1,1) on 3x14x12 (shortened from 3x24x20 where it does not split)"
+
+
+def test_verify_shortens_unless_it_shall_be_thorough(large: Case, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("t3compile.pipeline.PATTERN_PAIRS", 10)
+
+    def shortened(**options: Any) -> list[str]:
+        report = verify(large.program, large.rewritten, large.plan, **options)
+        assert report.passed
+        return [check.name for check in report.checks if "shortened" in check.name]
+
+    assert shortened()
+    assert not shortened(thorough=True)
 
 
 # --- execute -------------------------------------------------------------------------------------
