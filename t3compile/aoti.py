@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
 from t3compile.files import check_writable
 from t3compile.inputs import named_inputs
+from t3compile.ops.lowered_attention import HEAD_GROUPS, lowered_window_attention
 from t3compile.passes.lower_window_attention import LowerWindowAttention
 from t3compile.pipeline import ExportReport, in_precision, too_large_to_compare
 from t3compile.program import Program
@@ -44,7 +46,8 @@ def export_aoti_report(
     path = Path(path)
     check_writable(path)
     check_compiler()
-    program = LowerWindowAttention()(in_precision(program, precision)).program
+    in_groups = partial(lowered_window_attention, head_groups=HEAD_GROUPS)
+    program = LowerWindowAttention(in_groups)(in_precision(program, precision)).program
     progress(f"compiling {path.name}")
     write_aoti(program, path)
     report = ExportReport(str(path), (), None, "switched off")

@@ -206,6 +206,37 @@ def test_both_equal_dense_attention(
         assert value_depth != 4 or torch.equal(on_cpu, lowered)
 
 
+@given(cases(), st.sampled_from([None, *sorted(MASKS)]), st.sampled_from([(4, 1), (4, 2), (6, 6), (6, 3), (5, 5)]))
+@settings(max_examples=60, deadline=None)
+def test_groups_of_heads_change_no_bit(args: WindowAttentionArgs, name: str | None, heads: tuple[int, int]) -> None:
+    of_queries, of_keys = heads
+    mask = None if name is None else masked_of(args, MASKS[name], heads=of_queries)
+    q, k, v = stream_qkv(args, batch=2, heads=of_queries, depth=4, value_depth=4)
+    k, v = k[:, :of_keys], v[:, :of_keys]
+    whole = lowered_window_attention(q, k, v, args, mask)
+    for groups in (2, 3, 6):
+        assert torch.equal(lowered_window_attention(q, k, v, args, mask, head_groups=groups), whole)
+
+
+@pytest.mark.parametrize(
+    ("splits", "heads", "groups", "calls"),
+    [((2, 3, 2), 4, 6, 2 * 4), ((2, 3, 2), 12, 6, 2 * 6), ((2, 3, 2), 7, 6, 2), ((4, 1, 1), 12, 6, 1)],
+    ids=["a group each", "six groups", "no divisor", "a view"],
+)
+def test_heads_are_taken_in_equal_groups_where_tokens_are_copied(
+    splits: Triple, heads: int, groups: int, calls: int
+) -> None:
+    qkv = token_major(240, heads=heads)
+
+    def in_groups(*inputs: Any) -> Tensor:
+        return lowered_window_attention(*inputs, head_groups=groups)
+
+    _, seen = recorded(in_groups, qkv, args_of(GRID, splits))
+    assert seen.calls[FLASH] == calls
+    _, at_once = recorded(lowered_window_attention, qkv, args_of(GRID, splits))
+    assert seen.peak_bytes <= at_once.peak_bytes * (0.6 if calls > 2 else 1)
+
+
 def test_depths_that_differ_stay_fused() -> None:
     """torch's own SDPA would make all scores of a window."""
     args = args_of(GRID, (2, 3, 2))

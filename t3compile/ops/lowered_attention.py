@@ -21,27 +21,57 @@ from t3compile.ops.regrouped_attention import (
     with_extra_queries,
 )
 from t3compile.ops.window_arguments import WindowAttentionArgs
+from t3compile.ops.window_views import WindowSteps
 from t3compile.pattern import Branch
+
+# Of heads, where a compiled graph may take long to make but shall be fast: each is regrouped in memory that the group
+# before has left, so that less of it is fresh, and more of it in cache.
+HEAD_GROUPS = 6
 
 
 def lowered_window_attention(
-    q: Tensor, k: Tensor, v: Tensor, args: WindowAttentionArgs, mask: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    args: WindowAttentionArgs,
+    mask: Tensor | None = None,
+    *,
+    head_groups: int = 1,
 ) -> Tensor:
     """The op in differentiable torch calls, without in-place writes.
 
     q [B, N, Sq, D], k [B, N/g, S, D], v [B, N/g, S, Dv], mask broadcastable to [B, N, Sq, S]; any floating dtype.
-    Returns [B, N, Sq, Dv], a view of a contiguous [B, Sq, N, Dv].
+    Returns [B, N, Sq, Dv], a view of a contiguous [B, Sq, N, Dv]. Heads are taken in at most ``head_groups`` equal
+    groups, one after the other, where tokens are regrouped at all.
     """
     if args.pattern.is_full():
         return window_attention(q, k, v, args, mask)
     if mask is not None:
         mask = mask[(None,) * (4 - mask.dim())]
-    outputs = [_attend_in_branch(q, k, v, args, mask, branch) for branch in args.pattern.computed_branches(args.grid)]
-    mean = outputs[0] if len(outputs) == 1 else (outputs[0] + outputs[1]) * 0.5
+    groups = 1 if _is_view(args) else max(n for n in range(1, head_groups + 1) if k.shape[1] % n == 0)
+    if groups == 1:
+        mean = _mean_of_branches(q, k, v, args, mask)
+    else:
+        masks = (mask,) * groups if mask is None or mask.shape[1] == 1 else mask.chunk(groups, dim=1)
+        parts = zip(*(x.chunk(groups, dim=1) for x in (q, k, v)), masks, strict=True)
+        mean = torch.cat([_mean_of_branches(a, b, c, args, of_heads) for a, b, c, of_heads in parts], dim=2)
     if args.extra_queries:
         k, v = (repeat_heads(x, q.shape[1]) for x in (k, v))
         mean = with_extra_queries(mean, q, k, v, mask, args)
     return mean.contiguous().transpose(1, 2)
+
+
+def _is_view(args: WindowAttentionArgs) -> bool:
+    """Whether the windows one after the other are the tokens one after the other."""
+    branch, *others = args.pattern.computed_branches(args.grid)
+    box, *smaller = boxes(args.grid, args.pattern.splits)
+    return not (others or smaller) and WindowSteps.of(args, branch, box).is_in_order
+
+
+def _mean_of_branches(q: Tensor, k: Tensor, v: Tensor, args: WindowAttentionArgs, mask: Tensor | None) -> Tensor:
+    """[B, T*H*W, N, Dv]"""
+    outputs = [_attend_in_branch(q, k, v, args, mask, branch) for branch in args.pattern.computed_branches(args.grid)]
+    return outputs[0] if len(outputs) == 1 else (outputs[0] + outputs[1]) * 0.5
 
 
 def _attend_in_branch(
