@@ -21,7 +21,7 @@ from t3compile.benchmark.load_target import stopwatch_for
 from t3compile.benchmark.machine import this_machine
 from t3compile.benchmark.messages import MatrixPeak, Memory
 from t3compile.benchmark.plot import write_plot
-from t3compile.benchmark.sizes import parse_sizes, preset_grid, scaled_schedule
+from t3compile.benchmark.sizes import Keep, parse_sizes, preset_grid, scaled_schedule
 from t3compile.benchmark.summaries import Ratio, Spread, weighted_rounds
 from t3compile.benchmark.tables import bench_tables
 from t3compile.benchmark.turns import Lane, measure_in_turns
@@ -31,7 +31,7 @@ from t3compile.errors import GridError, InputsError, MissingExtraError
 from t3compile.geometry import TokenGrid
 from t3compile.presets import preset_named
 from t3compile.stopwatch import CudaEvents, WallClock
-from tests.bench_suite import ATTENTION, output_name, require_green_tests
+from tests.bench_suite import ATTENTION, CYCLE, output_name, require_green_tests
 
 # --- times ---------------------------------------------------------------------------------------
 
@@ -322,11 +322,13 @@ def test_grids_of_presets_follow_from_pixels(name: str, text: str, grid: tuple[i
     assert preset_grid(preset, size) == TokenGrid(*grid)
 
 
-def test_the_suites_grid_divides_as_the_papers_formulation_needs() -> None:
+@pytest.mark.parametrize(("arguments", "keep"), [(ATTENTION, "windows"), (CYCLE, "splits")])
+def test_the_suites_grids_divide_as_the_papers_formulation_needs(arguments: list[str], keep: Keep) -> None:
     preset = preset_named("t3-wan2.1-4k")
-    (size,) = parse_sizes(ATTENTION[ATTENTION.index("--sizes") + 1])
+    (size,) = parse_sizes(arguments[arguments.index("--sizes") + 1])
     grid = preset_grid(preset, size)
-    assert all(pattern.splits.divide(grid) for pattern in scaled_schedule(preset, grid).patterns)
+    assert ("--keep" in arguments) == (keep == "splits")
+    assert all(pattern.splits.divide(grid) for pattern in scaled_schedule(preset, grid, keep).patterns)
 
 
 def test_windows_of_a_scaled_preset_keep_their_extent() -> None:
