@@ -8,7 +8,7 @@ cannot do that.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -123,20 +123,25 @@ class LazyWeight(ir.LazyTensor):
         """Where these very bytes are in a file."""
         return None if self.permutation is not None else self.stored()
 
-    def value_in(self, memory: _ReusedMemory, number: int) -> Tensor:
-        """The row-major tensor; where it is transposed, in a numbered block that a later weight takes over."""
+    def read_stored(self, memory: _ReusedMemory, number: int) -> Tensor | None:
+        """Its bytes before they are transposed, in a numbered block; None where they are read another way."""
         extent = self.stored()
         if extent is None or self.permutation is None:
-            return self.value()
+            return None
+        block = memory.hold(f"stored {number}", extent.nbytes)
+        extent.file.read_into(byte_view(block), extent.offset)
+        return block
+
+    def transpose_stored(self, stored: Tensor, memory: _ReusedMemory, number: int) -> Tensor:
+        """The row-major tensor, in a numbered block, from what read_stored gave."""
+        assert self.permutation is not None
         dtype = to_torch_dtype(self.dtype)
         # permutation[i] is the axis of the stored tensor that becomes axis i.
-        stored = [0] * len(self.permutation)
+        sizes = [0] * len(self.permutation)
         for axis, size in zip(self.permutation, self.shape, strict=True):
-            stored[axis] = int(str(size))
-        source = memory.hold("as stored", extent.nbytes).view(dtype).view(stored)
-        extent.file.read_into(byte_view(source), extent.offset)
-        moved = source.permute(self.permutation)
-        return memory.hold(f"transposed {number}", extent.nbytes).view(dtype).view(moved.shape).copy_(moved)
+            sizes[axis] = int(str(size))
+        moved = stored.view(dtype).view(sizes).permute(self.permutation)
+        return memory.hold(f"transposed {number}", stored.numel()).view(dtype).view(moved.shape).copy_(moved)
 
     def stored(self) -> Extent | None:
         """Where its bytes are in a file, before they are transposed."""
@@ -183,7 +188,7 @@ def store_weights(
     """Write the data of the initializers to ``path``.data in the stage, or point them into files that have it.
 
     Every initializer of at least 1 KiB becomes external; ``path`` is where the ONNX file will be. ``extents`` are the
-    weights to share; None where sharing was not asked for. No more than two weights are held at a time.
+    weights to share; None where sharing was not asked for. No more than six weights are held at a time.
     """
     values = [value for value in model.graph.initializers.values() if _nbytes(value) >= INLINE_BYTES]
     shared = dict(_shared(values, extents or {}))
@@ -203,7 +208,7 @@ def store_weights(
         if written:
             location = data_path(path).name
             with open_new(stage / location, total) as data:
-                for value, content in zip(written, one_ahead(_contents(written)), strict=True):
+                for value, content in zip(written, _contents(written), strict=True):
                     offset = _write(data, value, content, advance)
                     if is_too_large_to_cache(total):
                         _forget(value)
@@ -254,20 +259,31 @@ def _point(value: ir.Value, location: str, offset: int, length: int, folder: Pat
     )
 
 
-def _contents(values: Iterable[ir.Value]) -> Iterator[Callable[[], Iterable[Any]]]:
-    """What makes the bytes of each tensor ready; those of the tensor before stay as they are meanwhile."""
+def _contents(values: Sequence[ir.Value]) -> Iterator[Iterable[Any]]:
+    """The bytes of each tensor; while one is written the next is transposed, and the one after that is read."""
     memory = _ReusedMemory()
-    for number, value in enumerate(values):
-        yield partial(_content, value, memory, number % 2)
+    # When a block is read into again, the weight that it held is transposed; when written to again, it is written.
+    stored = one_ahead(partial(_read, value, memory, i % 3) for i, value in enumerate(values))
+    return one_ahead(
+        partial(_content, value, block, memory, i % 2)
+        for i, (value, block) in enumerate(zip(values, stored, strict=True))
+    )
 
 
-def _content(value: ir.Value, memory: _ReusedMemory, number: int) -> Iterable[Any]:
+def _read(value: ir.Value, memory: _ReusedMemory, number: int) -> Tensor | None:
+    tensor = value.const_value
+    return tensor.read_stored(memory, number) if isinstance(tensor, LazyWeight) else None
+
+
+def _content(value: ir.Value, stored: Tensor | None, memory: _ReusedMemory, number: int) -> Iterable[Any]:
     tensor = value.const_value
     assert tensor is not None
     if not isinstance(tensor, LazyWeight):
         return [tensor.tobytes()]
+    if stored is not None:
+        return byte_chunks(tensor.transpose_stored(stored, memory, number))
     extent = tensor.locate()
-    return extent.chunks() if extent is not None else byte_chunks(tensor.value_in(memory, number))
+    return extent.chunks() if extent is not None else byte_chunks(tensor.value())
 
 
 def _write(data: BinaryIO, value: ir.Value, content: Iterable[Any], advance: Advance) -> int:

@@ -69,7 +69,7 @@ def write_onnx(
     ``form`` "auto" writes for onnxruntime on CPUs, without functions. ``inline`` writes the functions' bodies in place,
     for tools that do not know functions. ``share`` points into the safetensors files that the weights come from
     wherever they hold the very bytes. ``weights`` stores those of linear layers in fewer bits. No more
-    than two weights are held at a time.
+    than six weights are held at a time.
     """
     check_sources_stay(program, path, share=share)
     progress("exporting the graph")
