@@ -55,11 +55,10 @@ def one_ahead(tasks: Iterable[Callable[[], Result]]) -> Iterator[Result]:
 
 class _PushedFile(io.FileIO):
     def __init__(self, path: Path) -> None:
-        # Before the file, which may not be had: closing it all the same needs them.
+        super().__init__(path, "w")
         self._worker = ThreadPoolExecutor(1)
         self._pushing: Future[None] | None = None
         self._fresh = 0
-        super().__init__(path, "w")
 
     def write(self, data: object, /) -> int:
         count: int = super().write(data)  # type: ignore[arg-type]

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import errno
-import gc
 import os
 import threading
 from collections.abc import Callable
@@ -56,14 +55,6 @@ def test_an_error_of_the_disk_is_raised_at_the_next_write_or_at_the_end(
     writes = (b"0" * 20_000 for _ in range(3))
     with pytest.raises(OSError, match="no space"), open_new(tmp_path / "file", HUGE) as file:
         file.writelines(writes)
-
-
-@needs_advice
-@pytest.mark.filterwarnings("error")
-def test_a_file_that_cannot_be_made_says_why(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError):
-        open_new(tmp_path / "nowhere" / "file", HUGE)
-    gc.collect()
 
 
 def test_one_task_is_ahead_and_no_more() -> None:
