@@ -98,10 +98,11 @@ class _ReusedMemory:
 class LazyWeight(ir.LazyTensor):
     """A program's weight, read when its values are asked for; ``permutation`` transposes it."""
 
-    __slots__ = ("permutation", "program", "weight")
+    __slots__ = ("permutation", "program", "stored_shape", "weight")
 
     def __init__(self, program: Program, weight: str, form: Tensor, permutation: tuple[int, ...] | None = None) -> None:
         self.program, self.weight, self.permutation = program, weight, permutation
+        self.stored_shape = tuple(form.shape)
         shape = form.shape if permutation is None else [form.shape[axis] for axis in permutation]
         super().__init__(self._read, TorchTensor(form).dtype, ir.Shape(list(shape)), name=weight)
 
@@ -136,11 +137,7 @@ class LazyWeight(ir.LazyTensor):
         """The row-major tensor, in a numbered block, from what read_stored gave."""
         assert self.permutation is not None
         dtype = to_torch_dtype(self.dtype)
-        # permutation[i] is the axis of the stored tensor that becomes axis i.
-        sizes = [0] * len(self.permutation)
-        for axis, size in zip(self.permutation, self.shape, strict=True):
-            sizes[axis] = int(str(size))
-        moved = stored.view(dtype).view(sizes).permute(self.permutation)
+        moved = stored.view(dtype).view(self.stored_shape).permute(self.permutation)
         return memory.hold(f"transposed {number}", stored.numel()).view(dtype).view(moved.shape).copy_(moved)
 
     def stored(self) -> Extent | None:
@@ -202,15 +199,21 @@ def store_weights(
     not_shared = {} if extents is None else _reasons(written, extents)
     copied = [file for address, file in opened.items() if files[address].how == "copy"]
     total = sum(map(_nbytes, written)) + sum(file.nbytes for file in copied)
+    is_large = is_too_large_to_cache(total)
     with progress.measure(total, "bytes") as advance:
         for file in copied:
-            _copy(file, stage / files[file.address].location, advance)
+            with open_new(stage / files[file.address].location, total) as data:
+                extent = Extent(file, 0, file.nbytes)
+                for chunk in extent.chunks():
+                    advance(data.write(chunk))
+            if is_large:
+                extent.forget()
         if written:
             location = data_path(path).name
             with open_new(stage / location, total) as data:
                 for value, content in zip(written, _contents(written), strict=True):
                     offset = _write(data, value, content, advance)
-                    if is_too_large_to_cache(total):
+                    if is_large:
                         _forget(value)
                     _point(value, location, offset, _nbytes(value), stage)
     return WeightStorage(
@@ -331,12 +334,6 @@ def _link(source: Path, target: Path) -> bool:
     except OSError:
         return False
     return True
-
-
-def _copy(file: MappedFile, target: Path, advance: Advance) -> None:
-    with open_new(target, file.nbytes) as copied:
-        for chunk in Extent(file, 0, file.nbytes).chunks():
-            advance(copied.write(chunk))
 
 
 def data_path(path: Path) -> Path:

@@ -52,11 +52,8 @@ class GraphPass(ABC):
         return program.with_graph(graph_module) if exported is None else replace(program, exported=exported)
 
     def __call__(self, program: Program) -> PassResult:
-        self.requires(program)
-        graph_module = copy_graph_module(program.exported)
-        if not self.apply(graph_module, program):
-            return PassResult(program, modified=False)
-        return PassResult(self.finish(graph_module, program), modified=True)
+        result = apply_passes(program, [self])
+        return PassResult(result, modified=result is not program)
 
     def finish(self, graph_module: fx.GraphModule, program: Program) -> Program:
         """The program of a graph that ``apply`` changed."""

@@ -44,9 +44,7 @@ class LegalizeWindowAttention(GraphPass):
     """Replace every call of the op by a symbolic ONNX node."""
 
     def apply(self, graph_module: fx.GraphModule, program: Program) -> bool:
-        calls = [node for node in graph_module.graph.nodes if node.target is WINDOW_ATTENTION]
-        inline_calls(calls, lambda args: _Symbolic(args.as_attributes()))
-        return bool(calls)
+        return inline_calls(graph_module.graph, lambda args: _Symbolic(args.as_attributes()))
 
     def ensures(self, result: Program) -> None:
         if any(node.target is WINDOW_ATTENTION for node in result.graph.nodes):

@@ -31,9 +31,7 @@ class LowerWindowAttention(GraphPass):
     body: AttentionFunction = lowered_window_attention
 
     def apply(self, graph_module: fx.GraphModule, program: Program) -> bool:
-        calls = [node for node in graph_module.graph.nodes if node.target is WINDOW_ATTENTION]
-        inline_calls(calls, lambda args: _Body(self.body, args))
-        return bool(calls)
+        return inline_calls(graph_module.graph, lambda args: _Body(self.body, args))
 
     def ensures(self, result: Program) -> None:
         if any(node.target is WINDOW_ATTENTION for node in result.graph.nodes):

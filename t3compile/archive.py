@@ -59,11 +59,12 @@ def write_archive(
     referenced = {} if references is None else references.tensors
     if references is not None:
         extra = {**extra, REFERENCES_ENTRY: references.dumps()}
-    stored = sum(tensor.nbytes for name, tensor in exported.state_dict.items() if name not in referenced)
+    stored_bytes = sum(tensor.nbytes for name, tensor in exported.state_dict.items() if name not in referenced)
+    is_large = is_too_large_to_cache(stored_bytes)
     payloads = list(_payloads(exported.state_dict, weights, frozenset(referenced)))
     with (
         zipfile.ZipFile(_without_weights(exported, extra)) as skeleton,
-        open_new(path, stored) as file,
+        open_new(path, stored_bytes) as file,
         zipfile.ZipFile(file, "w") as archive,
     ):
         root = skeleton.namelist()[0].partition("/")[0]
@@ -76,7 +77,7 @@ def write_archive(
             tensor = exported.state_dict[payload.names[0]]
             chunks, is_row_major = _content(payload, tensor, weights)
             _store(archive, f"{root}/{WEIGHTS_FOLDER}{payload.path_name}", chunks, advance)
-            if payload.extent is not None and is_too_large_to_cache(stored):
+            if payload.extent is not None and is_large:
                 payload.extent.forget()
             # Names that share a payload count, as in the total, each.
             for name in payload.names[1:]:

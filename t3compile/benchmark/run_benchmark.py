@@ -169,7 +169,7 @@ class _Group:
                     lambda lane, target: advance(work[lane.variant][target]),
                 )
             for lane in lanes:
-                self._keep(lane, records.get(lane.variant))
+                self._keep(lane, records[lane.variant])
 
     @property
     def _warm_calls(self) -> int:
@@ -229,8 +229,7 @@ class _Group:
                 self._compare(lane.variant, case, output)
             lane.child.ask("settle")
 
-        if lane.is_running:
-            lane.try_to(warm)
+        lane.try_to(warm)
         for name in set(lane.targets.values()):
             (self.folder / f"{name}.out").unlink(missing_ok=True)
         return list(answers.values())
@@ -252,19 +251,13 @@ class _Group:
             Difference(case.label, case.subject, case.name, variant, self.runtime, error, magnitude, allowed)
         )
 
-    def _keep(self, lane: Lane, answers: list[WarmAnswer] | None) -> None:
+    def _keep(self, lane: Lane, answers: list[WarmAnswer]) -> None:
         """Put what a lane measured into the report."""
-        memory = Memory()
-
-        def ask() -> None:
-            nonlocal memory
-            memory = Memory(**lane.child.ask("memory"))
-
-        if lane.is_running:
-            lane.try_to(ask)
+        memory = lane.try_to(lambda: Memory(**lane.child.ask("memory")))
         if lane.error is not None:
             self._leave_out(lane.variant, lane.error)
             return
+        assert memory is not None
         for case in self.cases:
             self.run.measurements.append(
                 Measurement(
@@ -279,9 +272,9 @@ class _Group:
                     tuple(lane.times_s[case.name]),
                 )
             )
-        paths = tuple(dict.fromkeys(path for answer in answers or () for path in answer.paths))
-        notes = tuple(dict.fromkeys(note for answer in answers or () for note in answer.notes))
-        engine = answers[0].runtime if answers else ""
+        paths = tuple(dict.fromkeys(path for answer in answers for path in answer.paths))
+        notes = tuple(dict.fromkeys(note for answer in answers for note in answer.notes))
+        engine = answers[0].runtime
         first = self.cases[0]
         self.run.processes.append(
             ProcessRecord(first.label, first.subject, lane.variant, self.runtime, engine, memory, paths, notes)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from t3compile.benchmark.child_process import Askable
 from t3compile.errors import T3CompileError
+
+Result = TypeVar("Result")
 
 
 @dataclass
@@ -23,22 +26,19 @@ class Lane:
     def is_running(self) -> bool:
         return self.error is None
 
-    def try_to(self, work: Callable[[], None]) -> None:
-        """Do something with the child; a lane whose child cannot leaves, with the reason."""
-        try:
-            work()
-        except T3CompileError as error:
-            self.error = error
-
-    def seconds(self, target: str) -> float | None:
-        """Time one call of a target; None where the lane has left, or leaves now."""
+    def try_to(self, work: Callable[[], Result]) -> Result | None:
+        """What work gives; a lane whose child fails leaves with the reason, and gives None from then on."""
         if not self.is_running:
             return None
         try:
-            return float(self.child.ask("time", name=target)["seconds"])
+            return work()
         except T3CompileError as error:
             self.error = error
             return None
+
+    def seconds(self, target: str) -> float | None:
+        """Time one call of a target; None where the lane has left, or leaves now."""
+        return self.try_to(lambda: float(self.child.ask("time", name=target)["seconds"]))
 
 
 def measure_in_turns(
@@ -51,6 +51,7 @@ def measure_in_turns(
     """Time every case ``repeats`` times in every lane, round by round; lanes whose child fails leave, others go on.
 
     ``times_s`` of a lane then has one time per case and round. Cases that share a target are timed once per round.
+    ``progress`` is told the round, ``timed`` the lane and each target of a round, also where the lane has left.
     """
     for number in range(repeats):
         progress(number + 1)
@@ -62,5 +63,5 @@ def measure_in_turns(
                     known[position, target] = lane.seconds(target)
                     timed(lane, target)
                 seconds = known[position, target]
-                if lane.is_running and seconds is not None:
+                if seconds is not None and lane.is_running:
                     lane.times_s.setdefault(case, []).append(seconds)

@@ -58,9 +58,8 @@ def _attend_in_place(q: Tensor, k: Tensor, v: Tensor, args: WindowAttentionArgs,
     """One call on q, k and v as they are, whose output is the branch's; None where that takes a copy."""
     if args.extra_tokens or args.extra_queries or q.shape[3] != v.shape[3]:
         return None
-    box, *others = boxes(args.grid, args.pattern.splits)
-    steps = WindowSteps.of(args, branch, box)
-    if others or not steps.is_in_order:
+    steps = WindowSteps.in_order(args, branch)
+    if steps is None:
         return None
     queries, keys, values = (as_attention_input(steps.view(x, 0), leading=4) for x in (q, k, v))
     if queries is None or keys is None or values is None or not _is_tokens_first(queries):

@@ -62,10 +62,9 @@ def lowered_window_attention(
 
 
 def _is_view(args: WindowAttentionArgs) -> bool:
-    """Whether the windows one after the other are the tokens one after the other."""
+    """Whether no token is copied."""
     branch, *others = args.pattern.computed_branches(args.grid)
-    box, *smaller = boxes(args.grid, args.pattern.splits)
-    return not (others or smaller) and WindowSteps.of(args, branch, box).is_in_order
+    return not others and WindowSteps.in_order(args, branch) is not None
 
 
 def _mean_of_branches(q: Tensor, k: Tensor, v: Tensor, args: WindowAttentionArgs, mask: Tensor | None) -> Tensor:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from t3compile.ops.regroup import Box
+from t3compile.ops.regroup import Box, boxes
 from t3compile.ops.window_arguments import WindowAttentionArgs
 from t3compile.pattern import Branch
 
@@ -40,10 +40,13 @@ class WindowSteps:
             first += start * pitch
         return cls(box.parts, box.sizes, tuple(part_steps), tuple(token_steps), first)
 
-    @property
-    def is_in_order(self) -> bool:
-        """Whether the windows one after the other are the tokens one after the other."""
-        return merged_step((*self.parts, *self.sizes), (*self.part_steps, *self.token_steps)) in (0, 1)
+    @classmethod
+    def in_order(cls, args: WindowAttentionArgs, branch: Branch) -> WindowSteps | None:
+        """Those of all windows, where one after the other they are the tokens one after the other; else None."""
+        box, *others = boxes(args.grid, args.pattern.splits)
+        steps = cls.of(args, branch, box)
+        step = merged_step((*steps.parts, *steps.sizes), (*steps.part_steps, *steps.token_steps))
+        return steps if not others and step in (0, 1) else None
 
     def view(self, x: Tensor, start: int) -> Tensor:
         """[B, N, S, D] whose grid begins at token ``start`` -> [B, p_t, p_h, p_w, N, s_t, s_h, s_w, D], a view."""
