@@ -163,6 +163,20 @@ def _mask_key(mask: ir.Value | None) -> MaskKey:
 
 def build_function(key: FunctionKey) -> ir.Function:
     """The function's body, exported from the torch implementation of the op."""
+    graph = export_body(key)
+    if key.form != "auto":  # else chosen where the body is written in place
+        spell_attention(graph, key.form)
+    merge_transposes(graph)
+    constants_into_nodes(graph)
+    function = ir.Function(DOMAIN, key.name, graph=graph, attributes=[])
+    function.metadata_props[CONFIGURATION_PROPERTY] = key.dumps()
+    for node in function:
+        function.opset_imports.setdefault(node.domain, OPSET if node.domain == "" else 1)
+    return function
+
+
+def export_body(key: FunctionKey) -> ir.Graph:
+    """The op as torch.onnx exports it, the same for every form."""
     dtype = getattr(torch, key.dtype)
     args = key.args
     sizes = (
@@ -174,17 +188,7 @@ def build_function(key: FunctionKey) -> ir.Function:
         inputs = tuple(torch.empty(key.batch, *size, dtype=dtype) for size in sizes)
         if key.mask is not None:
             inputs = (*inputs, torch.empty(key.mask.shape, dtype=getattr(torch, key.mask.dtype)))
-    model = export_graph(trace(WindowAttention(key.args), inputs).exported)
-    graph = model.graph
-    if key.form != "auto":  # else chosen where the body is written in place
-        spell_attention(graph, key.form)
-    merge_transposes(graph)
-    constants_into_nodes(graph)
-    function = ir.Function(DOMAIN, key.name, graph=graph, attributes=[])
-    function.metadata_props[CONFIGURATION_PROPERTY] = key.dumps()
-    for node in function:
-        function.opset_imports.setdefault(node.domain, OPSET if node.domain == "" else 1)
-    return function
+    return export_graph(trace(WindowAttention(key.args), inputs).exported).graph
 
 
 def constants_into_nodes(graph: ir.Graph) -> None:

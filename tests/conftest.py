@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import copy
-import functools
 import gc
 import os
 import signal
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
@@ -27,20 +24,9 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _torchlib_is_read_once() -> Iterator[None]:
-    """torch.onnx parses its library of functions at every export: most of the time of a small one."""
-    try:
-        from torch.onnx._internal.exporter._registration import ONNXRegistry
-    except ImportError:
-        yield
-        return
-    read = functools.cache(ONNXRegistry.from_torchlib)
+def _exports_are_shared() -> Iterator[None]:
+    """Most of the time of a small export is work that others did before."""
+    from tests.shared_exports import shared_exports
 
-    def from_torchlib(*args: Any, **kwargs: Any) -> ONNXRegistry:
-        registry = copy.copy(read(*args, **kwargs))
-        registry.functions = {target: list(metas) for target, metas in registry.functions.items()}
-        return registry
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(ONNXRegistry, "from_torchlib", staticmethod(from_torchlib))
+    with shared_exports():
         yield

@@ -12,9 +12,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
+import torch
 
+from t3compile.inputs import named_inputs
+from t3compile.pipeline import detect, export_onnx, rewrite
+from t3compile.plan import make_plan
+from t3compile.program import trace
 from tests.test_cli import CONFIG, ROOT, SIZE
+from tests.tiny_models import HandWrittenDiT
 
 SAID = "stopped; nothing unfinished was left behind"
 SECOND_S = 30
@@ -127,6 +134,77 @@ def test_a_file_that_was_written_stays_when_its_comparison_is_stopped(place: Pla
     assert process.returncode == 130, stderr
     assert stderr.splitlines()[-1] == SAID
     assert place.left() == ["x.onnx", "x.onnx.data"]
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A rewritten model with its export and its inputs."""
+    folder = tmp_path_factory.mktemp("files")
+    torch.manual_seed(0)
+    model = HandWrittenDiT(layers=1, grid=(2, 4, 4), head_dim=16).eval()
+    traced = trace(model, model.example_inputs())
+    rewritten = rewrite(traced, make_plan(detect(traced), [(1, 2, 2)]))
+    traced.save(folder / "model.pt2")
+    rewritten.save(folder / "windows.pt2")
+    export_onnx(rewritten, folder / "windows.onnx", check=False)
+    np.savez(folder / "inputs.npz", **{name: x.numpy() for name, x in named_inputs(traced).items()})
+    return folder
+
+
+SLOW_OUTPUTS = f"{SLOW}\nfrom t3compile.export.measure import RunResult\nRunResult.save = slow(RunResult.save)"
+SLOW_COPY = f"{SLOW}\nimport t3compile.export.triton_server as server\nserver._place = slow(server._place)"
+SLOW_CALL = f"{SLOW}\nimport t3compile.export.measure as measure\nmeasure._array = slow(measure._array)"
+# TensorRT asks whether to go on when it has done a step.
+SLOW_BUILD = """
+import sys, time
+from tests.fake_tensorrt import Behaviour, make_tensorrt
+from t3compile.export import tensorrt_api
+from t3compile.export.cuda_device import CudaDevice
+def step():
+    print("in the middle", file=sys.stderr, flush=True)
+    time.sleep({seconds})
+sys.modules["tensorrt"] = make_tensorrt("10.16.1.11", Behaviour(during_build=step))
+tensorrt_api.find_cuda_device = lambda index=0: CudaDevice(0, "NVIDIA Test", "9.0", "13.0")
+"""
+NO_GRACE = "import t3compile.interruption as interruption\ninterruption._GRACE_S = 0.5"
+
+
+@pytest.mark.parametrize(
+    ("number", "command", "before", "staged"),
+    [
+        (signal.SIGINT, ("run", "windows.onnx", "--inputs", "inputs.npz", "-o", "OUT/x.npz"), SLOW_CALL, False),
+        (signal.SIGTERM, ("run", "windows.pt2", "--inputs", "inputs.npz", "-o", "OUT/x.npz"), SLOW_OUTPUTS, True),
+        (signal.SIGINT, ("verify", "model.pt2", "windows.pt2"), "", False),
+        (signal.SIGTERM, ("deploy", "triton-server", "windows.onnx", "-o", "OUT/repository"), SLOW_COPY, True),
+        (
+            signal.SIGINT,
+            ("build-engine", "windows.onnx", "--attention", "native", "-o", "OUT/x.engine"),
+            SLOW_BUILD.format(seconds=1),
+            True,
+        ),
+        (
+            signal.SIGINT,
+            ("build-engine", "windows.onnx", "--attention", "native", "-o", "OUT/x.engine"),
+            SLOW_BUILD.format(seconds=60) + NO_GRACE,
+            True,
+        ),
+    ],
+    ids=["run", "run, writing", "verify", "deploy", "build-engine", "build-engine, deaf"],
+)
+def test_commands_on_files_leave_nothing(
+    number: signal.Signals, command: tuple[str, ...], before: str, staged: bool, place: Place, files: Path
+) -> None:
+    arguments = [
+        word.replace("OUT", str(place.out)) if word.startswith("OUT/") else files / word if "." in word else word
+        for word in command
+    ]
+    kept = {path.name: path.read_bytes() for path in files.iterdir()}
+    with started(place, *arguments, before=before) as process:
+        wait_for(process, "in the middle" if before else "... sites and whole model")
+        assert any(path.is_file() for path in place.out.rglob("*")) is staged
+        process.send_signal(number)
+        check_stopped(process, number, place)
+    assert {path.name: path.read_bytes() for path in files.iterdir()} == kept
 
 
 def test_a_compiler_is_ended_too(place: Place) -> None:

@@ -8,12 +8,9 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
-from functools import cache
 from pathlib import Path
 from typing import Any, Literal
-from unittest.mock import patch
 
-import onnx_ir as ir
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -21,8 +18,6 @@ from torch.utils import _pytree as pytree
 import t3compile
 from t3compile.errors import T3CompileError, first_line
 from t3compile.execute import execute
-from t3compile.export import write_onnx
-from t3compile.export.window_function import FunctionKey, build_function
 from t3compile.geometry import Splits, TokenGrid
 from t3compile.inputs import named_inputs
 from t3compile.pattern import WindowPattern
@@ -315,15 +310,8 @@ def _query_tokens(site: AttentionSite) -> int:
     return before + site.grid.tokens + after
 
 
-@cache
-def _build_function(key: FunctionKey) -> ir.Function:
-    return build_function(key)
-
-
 def _compare_onnx(run: _Run, program: Program) -> None:
-    # Most models of the zoo share a few functions, whose export takes as long as everything else.
-    shared = patch.object(write_onnx, "build_function", lambda key: _build_function(key).clone())
-    with tempfile.TemporaryDirectory() as folder, shared:
+    with tempfile.TemporaryDirectory() as folder:
         report = export_onnx_report(program, Path(folder) / "model.onnx", check=True)
     if not report.comparison:
         raise StageError(f"not compared: {report.not_compared}")

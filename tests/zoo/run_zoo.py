@@ -11,6 +11,7 @@ from multiprocessing import get_context
 
 from rich.console import Console
 
+from tests.shared_exports import shared_exports
 from tests.zoo.models import ENTRIES, entry_named
 from tests.zoo.run_entry import STAGES, Row, run_entry
 from tests.zoo.table import EXPECTED, Record, read_records, write_records
@@ -21,7 +22,8 @@ WORKERS = 2
 def run_named(name: str) -> Row:
     """The row of the model with this name."""
     warnings.simplefilter("ignore")
-    return run_entry(entry_named(name))
+    with shared_exports():
+        return run_entry(entry_named(name))
 
 
 def run_zoo(names: Sequence[str] = ()) -> None:
