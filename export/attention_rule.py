@@ -28,7 +28,7 @@ class FormBound:
 
 # Source: `python -m tests.bench_onnxruntime attention --rounds 15` on 2026-11-21, float32, onnxruntime 1.31.1,
 # 2 cores of an AMD EPYC with AVX-512; the figures are in BENCHMARKS.md.
-RULE: tuple[FormBound, ...] = (FormBound(64, 384), FormBound(128, 768))
+RULE: tuple[FormBound, ...] = (FormBound(64, 256), FormBound(128, 768))
 
 
 def choose_form(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -61,6 +62,10 @@ class OnnxEngine:
     which did not. A provider chosen by name that is missing or does not start is an EngineError, where onnxruntime
     itself would go on with the CPU. ``provider_options`` go to the wanted provider. How a GPU
     provider is chosen is tested; a run on one is not.
+
+    On the CPU the memory that a call took stays the engine's until it is deleted, so that the next call need not find
+    its own. With ``shares_memory`` it is that of all such engines of the process, which are called in turns, and stays
+    the process's.
     """
 
     def __init__(
@@ -69,6 +74,7 @@ class OnnxEngine:
         runtime: str = "onnxruntime-cpu",
         *,
         provider_options: Mapping[str, str] | None = None,
+        shares_memory: bool = False,
     ) -> None:
         try:
             import onnxruntime
@@ -77,7 +83,8 @@ class OnnxEngine:
         path = Path(path)
         check_onnx_file(path)
         self._path = path
-        self._session, self.runtime, self.notes = _start(onnxruntime, path, runtime, provider_options or {})
+        options = _session_options(onnxruntime, shares_memory)
+        self._session, self.runtime, self.notes = _start(onnxruntime, options, path, runtime, provider_options or {})
         self.inputs = tuple(_engine_input(value) for value in self._session.get_inputs())
         self.output_names = tuple(value.name for value in self._session.get_outputs())
         self.frozen = read_frozen(self._session.get_modelmeta().custom_metadata_map.get(FROZEN_PROPERTY))
@@ -118,15 +125,29 @@ class OnnxEngine:
         ]
 
 
+def _session_options(onnxruntime: Any, shares_memory: bool) -> Any:
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors; warnings are about its own optimisations
+    # A pattern is one block beside what the first call took: memory is held twice, and no time gained.
+    options.enable_mem_pattern = False
+    if shares_memory:
+        _register_shared_arena(onnxruntime)
+        options.add_session_config_entry("session.use_env_allocators", "1")
+    return options
+
+
+@functools.cache
+def _register_shared_arena(onnxruntime: Any) -> None:
+    kinds = onnxruntime.OrtAllocatorType, onnxruntime.OrtMemType
+    memory = onnxruntime.OrtMemoryInfo("Cpu", kinds[0].ORT_ARENA_ALLOCATOR, 0, kinds[1].DEFAULT)
+    onnxruntime.create_and_register_allocator(memory, onnxruntime.OrtArenaCfg({}))
+
+
 def _start(
-    onnxruntime: Any, path: Path, name: str, provider_options: Mapping[str, str]
+    onnxruntime: Any, options: Any, path: Path, name: str, provider_options: Mapping[str, str]
 ) -> tuple[Any, str, tuple[str, ...]]:
     """A session with the wanted provider, or the best that starts; which runtime that is, and which did not start."""
     available = onnxruntime.get_available_providers()
-    options = onnxruntime.SessionOptions()
-    # The arena doubles the peak memory of large activations and gains no time (see BENCHMARKS.md).
-    options.enable_cpu_mem_arena = False
-    options.log_severity_level = 3  # errors; warnings are about its own optimisations
     notes: list[str] = []
     candidates = _candidates(name, available)
     for runtime in candidates:

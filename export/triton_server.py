@@ -267,8 +267,8 @@ def _onnxruntime_config(
         instances=instances,
         accelerator=chosen,
         accelerator_parameters=(("precision_mode", source.precision_mode),) if precise else (),
-        # The arena doubles the peak memory of large activations and gains no time (see BENCHMARKS.md).
-        parameters=(("enable_mem_arena", "0"),),
+        # As export/onnx_engine.py has it.
+        parameters=(("enable_mem_pattern", "0"),),
         notes=source.notes,
     )
 

@@ -2,9 +2,11 @@
 
     python -m tests.bench_onnxruntime attention [--head-dims 64,128] [--tokens 64,128,...] [--rounds 7]
     python -m tests.bench_onnxruntime profile FILE... [--calls 3]
+    python -m tests.bench_onnxruntime memory FILE... [--calls 3]
 
 ``attention`` prints a markdown table and the bounds of export/attention_rule.py that follow from it. ``profile``
-prints milliseconds by operator, of one call, beside one another.
+prints milliseconds by operator, of one call, beside one another. ``memory`` prints what keeping the memory of a call
+for the next gains and takes, each setting in a process of its own.
 """
 
 from __future__ import annotations
@@ -18,7 +20,9 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +31,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime
 
+from t3compile.benchmark.process_memory import reset_peak, resident
 from t3compile.export.attention_forms import ATTENTION_FORMS, spell_attention
 from t3compile.export.attention_rule import LEEWAY, AttentionForm, FormBound, derive_rule
 from t3compile.export.torch_onnx import OPSET
@@ -125,7 +130,7 @@ def share_threads() -> None:
 
 def _session(model: Any, profile: Path | None = None, *, share_threads: bool = False) -> onnxruntime.InferenceSession:
     options = onnxruntime.SessionOptions()
-    options.enable_cpu_mem_arena = False  # as 't3compile run' has it
+    options.enable_mem_pattern = False  # as 't3compile run' has it
     options.log_severity_level = 3
     options.use_per_session_threads = not share_threads
     if profile is not None:
@@ -137,15 +142,9 @@ def _session(model: Any, profile: Path | None = None, *, share_threads: bool = F
 
 def profile(path: Path, calls: int) -> tuple[float, dict[str, tuple[int, float]]]:
     """Median seconds of a call, and by operator how many run and their milliseconds; the first call is left out."""
-    generator = np.random.default_rng(0)
     with tempfile.TemporaryDirectory() as folder:
         session = _session(path, Path(folder) / "profile")
-        inputs = {
-            value.name: (
-                generator.standard_normal(value.shape) if len(value.shape) > 1 else np.ones(value.shape)
-            ).astype(np.float32)
-            for value in session.get_inputs()
-        }
+        inputs = _inputs(session)
         times = []
         for _ in range(calls + 1):
             start = time.perf_counter()
@@ -162,6 +161,69 @@ def profile(path: Path, calls: int) -> tuple[float, dict[str, tuple[int, float]]
             milliseconds[name] += event["dur"] / 1e3 / calls
     by_operator = {name: (counts[name] // calls, total) for name, total in milliseconds.most_common()}
     return statistics.median(times[1:]), by_operator
+
+
+def _inputs(session: onnxruntime.InferenceSession) -> dict[str, np.ndarray[Any, Any]]:
+    """Normal values; ones where an input is a timestep or the like."""
+    generator = np.random.default_rng(0)
+    return {
+        value.name: (generator.standard_normal(value.shape) if len(value.shape) > 1 else np.ones(value.shape)).astype(
+            np.float32 if "float" in value.type else np.int64
+        )
+        for value in session.get_inputs()
+    }
+
+
+# Of SessionOptions: enable_cpu_mem_arena, enable_mem_pattern.
+MEMORY_SETTINGS: Mapping[str, tuple[bool, bool]] = {
+    "none kept": (False, False),
+    "kept": (True, False),
+    "kept, by pattern": (True, True),
+}
+
+
+@dataclass(frozen=True)
+class Kept:
+    """Seconds of calls in order; bytes that they added to the process at most, and that it holds after them."""
+
+    seconds: tuple[float, ...]
+    added_bytes: int
+    held_bytes: int
+
+
+def measure_memory(path: Path, setting: str, calls: int) -> Kept:
+    """Call a file in this process, which should be fresh."""
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3
+    options.enable_cpu_mem_arena, options.enable_mem_pattern = MEMORY_SETTINGS[setting]
+    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    inputs = _inputs(session)
+    reset_peak()
+    before = resident()
+    assert before is not None, "memory is read from /proc"
+    times = []
+    for _ in range(calls):
+        start = time.perf_counter()
+        session.run(None, inputs)
+        times.append(time.perf_counter() - start)
+    after = resident()
+    assert after is not None
+    return Kept(
+        tuple(times), after.peak_bytes - before.now_bytes, max(0, after.anonymous_bytes - before.anonymous_bytes)
+    )
+
+
+def memory_table(kept: Mapping[tuple[str, str], Kept]) -> str:
+    """Markdown: a row per file and setting."""
+    lines = ["| file | memory of calls | first call | second | median of the others | added | held after |"]
+    lines.append("|---" * 7 + "|")
+    for (name, setting), one in kept.items():
+        first, second, *others = one.seconds
+        lines.append(
+            f"| {name} | {setting} | {first:.2f} s | {second:.2f} s | {statistics.median(others):.2f} s | "
+            f"{one.added_bytes / 2**20:,.0f} MiB | {one.held_bytes / 2**20:,.0f} MiB |"
+        )
+    return "\n".join(lines)
 
 
 def profile_table(profiles: Mapping[str, tuple[float, Mapping[str, tuple[int, float]]]]) -> str:
@@ -228,6 +290,19 @@ def profile_command(files: tuple[Path, ...], calls: int) -> None:
     """Time exported files by operator."""
     profiles = {path.stem: profile(path, calls) for path in files}
     click.echo(f"{_machine()}; median of {calls}\n\n{profile_table(profiles)}")
+
+
+@main.command(name="memory")
+@click.argument("files", nargs=-1, required=True, type=click.Path(path_type=Path, exists=True))
+@click.option("--calls", default=3, show_default=True, type=click.IntRange(1), help="After the first two.")
+def memory_command(files: tuple[Path, ...], calls: int) -> None:
+    """Time exported files with and without keeping the memory of a call for the next."""
+    kept = {}
+    for path in files:
+        for setting in MEMORY_SETTINGS:
+            with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
+                kept[path.stem, setting] = process.submit(measure_memory, path, setting, calls + 2).result()
+    click.echo(f"{_machine()}\n\n{memory_table(kept)}")
 
 
 if __name__ == "__main__":

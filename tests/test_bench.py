@@ -23,6 +23,7 @@ from t3compile.benchmark.bench_report import TOTAL, BenchReport
 from t3compile.benchmark.cases import Workload
 from t3compile.benchmark.child_process import ChildProcess, WorkerDied, WorkerError, child_process
 from t3compile.benchmark.compare_outputs import allowed_difference
+from t3compile.benchmark.messages import Memory
 from t3compile.benchmark.run_benchmark import BenchSettings, bench
 from t3compile.benchmark.tables import bench_tables
 from t3compile.benchmark.variants import AttentionLayer, variant_program
@@ -33,6 +34,7 @@ from t3compile.geometry import Splits, TokenGrid
 from t3compile.ops import WindowAttentionArgs
 from t3compile.pattern import WindowPattern
 from t3compile.program import Program
+from tests.test_runtimes import MIDDLE_BYTES, save_large_middle
 from tests.two_layers import ARGS, two_layer_programs
 
 ROOT = Path(__file__).parents[1]
@@ -67,6 +69,19 @@ def test_a_worker_loads_calls_and_tells_memory(tmp_path: Path) -> None:
     assert memory["peak_bytes"] >= memory["calls_peak_bytes"] >= 0.9 * memory["baseline_bytes"] > 2**26
     (out,) = torch.load(tmp_path / "out", weights_only=True)
     assert out.shape == (1, 48, 2, 8)
+
+
+def test_memory_that_a_runtime_keeps_between_calls_counts_as_the_calls(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    path = save_large_middle(tmp_path / "large.onnx")
+    with child_process(tmp_path, "worker") as child:
+        child.ask("load", name="a", path=str(path), runtime="ort")
+        child.ask("warm", name="a", calls=1, output=None)
+        child.ask("settle")
+        child.ask("time", name="a")
+        memory = Memory(**child.ask("memory"))
+    assert memory.growth_bytes is not None
+    assert 0.9 * MIDDLE_BYTES < memory.growth_bytes < 3 * MIDDLE_BYTES
 
 
 def test_a_worker_that_dies_is_told_with_its_exit_code(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import sys
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -33,7 +34,8 @@ from t3compile.inputs import named_inputs
 from t3compile.pipeline import detect, export_onnx_report, rewrite
 from t3compile.plan import make_plan
 from t3compile.program import Program, trace
-from tests.bench_onnxruntime import attention_model, rule_of, table, time_forms
+from tests.bench_onnxruntime import attention_model, measure_memory, memory_table, rule_of, table, time_forms
+from tests.test_runtimes import MIDDLE_BYTES, save_large_middle
 from tests.tiny_models import tiny_wan
 
 FLOAT = ir.DataType.FLOAT
@@ -288,6 +290,16 @@ def test_the_measurement_runs_and_prints_a_table() -> None:
     assert timing.seconds == {"attention": 1.0, "matmul": 1.0, "onnxruntime": 1.0}
     assert rule_of([timing]) == (FormBound(16, 8),)
     assert f"| 16 | {timing.windows} x 8 x 8 |" in table([timing])
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_the_measurement_of_memory_tells_what_is_kept(tmp_path: Path) -> None:
+    path = save_large_middle(tmp_path / "large.onnx")
+    kept = {setting: measure_memory(path, setting, 3) for setting in ("none kept", "kept")}
+    assert [len(one.seconds) for one in kept.values()] == [3, 3]
+    assert kept["none kept"].held_bytes < 0.5 * MIDDLE_BYTES < 0.9 * MIDDLE_BYTES < kept["kept"].held_bytes
+    assert all(one.added_bytes > 0.9 * MIDDLE_BYTES for one in kept.values())
+    assert "| large | kept |" in memory_table({("large", setting): one for setting, one in kept.items()})
 
 
 @pytest.mark.parametrize("form", ["attention", "matmul", "onnxruntime"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import subprocess
 import sys
 import types
 import zipfile
@@ -126,6 +127,58 @@ def test_a_tensorrt_engine_goes_to_its_own_class_with_its_options(
         load_engine(path, no_such=1)
 
 
+# --- memory of onnxruntime's calls -----------------------------------------------------------------
+
+
+def save_large_middle(path: Path) -> Path:
+    """The sum of exp(x) over 256 x 256 copies of x [256], as a file: what is between is larger than all else."""
+    nodes = [
+        helper.make_node("Expand", ["x", "shape"], ["wide"]),
+        helper.make_node("Exp", ["wide"], ["middle"]),
+        helper.make_node("ReduceSum", ["middle"], ["y"], keepdims=0),
+    ]
+    shape = helper.make_tensor("shape", TensorProto.INT64, [3], [256, 256, 256])
+    x, y = (helper.make_tensor_value_info(name, TensorProto.FLOAT, dims) for name, dims in (("x", [256]), ("y", [])))
+    graph = helper.make_graph(nodes, "large", [x], [y], [shape])
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 23)], ir_version=10), path)
+    return path
+
+
+MIDDLE_BYTES = 256**3 * 4
+_HELD = """
+import sys, torch
+from t3compile.benchmark.process_memory import resident
+from t3compile.export.onnx_engine import OnnxEngine
+shares_memory = bool(int(sys.argv[2]))
+engines = [OnnxEngine(sys.argv[1], shares_memory=shares_memory) for _ in range(2)]
+x = torch.zeros(256)
+held = [resident().anonymous_bytes]
+for engine in (*engines, engines[0]):
+    assert float(engine(x)) == 256**3
+    held.append(resident().anonymous_bytes)
+del engine, engines
+held.append(resident().anonymous_bytes)
+print(*(now - held[0] for now in held[1:]))
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+@pytest.mark.parametrize("shared", [False, True])
+def test_an_engine_keeps_the_memory_of_a_call_for_the_next(shared: bool, tmp_path: Path) -> None:
+    path = save_large_middle(tmp_path / "large.onnx")
+    done = subprocess.run(
+        [sys.executable, "-c", _HELD, str(path), str(int(shared))], capture_output=True, text=True, check=True
+    )
+    first, second, again, deleted = (int(word) / MIDDLE_BYTES for word in done.stdout.split())
+    assert 0.9 < first < 3
+    assert again == pytest.approx(second, rel=0.1)
+    if shared:
+        assert second == pytest.approx(first, rel=0.1)
+    else:
+        assert second == pytest.approx(2 * first, rel=0.1)
+        assert deleted < 0.5
+
+
 # --- onnxruntime's providers ---------------------------------------------------------------------
 
 
@@ -138,7 +191,7 @@ class FakeSession:
 
     def __call__(self, path: str, options: Any, *, providers: list[Any], enable_fallback: int) -> Any:
         assert enable_fallback == 0, "onnxruntime's own fallback prints to stdout"
-        assert options.enable_cpu_mem_arena is False
+        assert (options.enable_cpu_mem_arena, options.enable_mem_pattern) == (True, False)
         self.asked.append(providers)
         names = [one if isinstance(one, str) else one[0] for one in providers]
         if self.fails & set(names):

@@ -118,7 +118,7 @@ def test_every_field_is_as_the_model_says(schema: Any, windows: Path, tmp_path: 
             )
         ),
     )
-    expected.parameters["enable_mem_arena"].string_value = "0"
+    expected.parameters["enable_mem_pattern"].string_value = "0"
     assert _parsed(schema, tmp_path / "repo" / "windows") == expected
     assert _files(tmp_path / "repo") == [
         "windows/1/model.onnx",

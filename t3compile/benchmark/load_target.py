@@ -25,12 +25,13 @@ _ENGINES = {"aoti": "aoti", "trt": "tensorrt"}
 
 @dataclass(frozen=True)
 class Target:
-    """What is called, how it is timed, and what its runtime says of itself."""
+    """What is called, how it is timed, what its runtime says of itself, and whether that keeps memory between calls."""
 
     call: Callable[[], tuple[Tensor, ...]]
     stopwatch: Stopwatch
     runtime: str
     notes: tuple[str, ...] = ()
+    keeps_memory: bool = False
 
 
 def load_target(request: LoadRequest) -> Target:
@@ -77,8 +78,10 @@ def module_on(program: Program, device: str) -> tuple[Program, Callable[..., Any
 
 def _load_engine(request: LoadRequest) -> Target:
     name = f"onnxruntime-{request.device}" if request.runtime == "ort" else _ENGINES[request.runtime]
-    # Just written by the process that asks.
-    engine = load(Path(request.path), name, trust_code=True)
+    # Its neighbours in this process stand for layers of one model, which share their memory too.
+    options: dict[str, Any] = {"shares_memory": True} if request.runtime == "ort" else {}
+    # Trusted: just written by the process that asks.
+    engine = load(Path(request.path), name, trust_code=True, **options)
     # TensorRT takes tensors where they lie; the others copy to the host, which is then part of every call.
     device = request.device if request.runtime == "trt" else "cpu"
     named = _inputs(request, engine.inputs, device)
@@ -87,7 +90,9 @@ def _load_engine(request: LoadRequest) -> Target:
         result = engine(**named)
         return result if isinstance(result, tuple) else (result,)
 
-    return Target(call, stopwatch_for(request.runtime, request.device), engine.runtime, tuple(engine.notes))
+    return Target(
+        call, stopwatch_for(request.runtime, request.device), engine.runtime, tuple(engine.notes), bool(options)
+    )
 
 
 def _inputs(request: LoadRequest, specs: tuple[EngineInput, ...], device: str) -> Mapping[str, Tensor]:

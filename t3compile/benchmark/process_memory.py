@@ -16,21 +16,22 @@ _RESET_PEAK = "5"
 
 @dataclass(frozen=True)
 class Resident:
-    """Resident bytes of this process: now, and at their peak since it began or since the last reset."""
+    """Resident bytes of this process: now, at their peak since it began or since the last reset, and of no file now."""
 
     now_bytes: int
     peak_bytes: int
+    anonymous_bytes: int
 
 
 def resident() -> Resident | None:
-    """What /proc/self/status says (VmRSS and VmHWM)."""
+    """What /proc/self/status says (VmRSS, VmHWM and RssAnon)."""
     try:
         lines = _STATUS.read_text(encoding="ascii", errors="replace").splitlines()
         fields = dict(line.split(":", 1) for line in lines if ":" in line)
-        now, peak = (int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM"))
+        now, peak, anonymous = (int(fields[name].split()[0]) * 1024 for name in ("VmRSS", "VmHWM", "RssAnon"))
     except (OSError, KeyError, ValueError, IndexError):
         return None
-    return Resident(now, peak)
+    return Resident(now, peak, anonymous)
 
 
 def reset_peak() -> bool:

@@ -38,6 +38,7 @@ class Worker:
         self._targets: dict[str, Target] = {}
         self._calls: dict[str, int] = {}
         self._baseline: int | None = None
+        self._anonymous_before_calls: int | None = None
         self._device_baseline: int | None = None
         self._peak = 0
 
@@ -62,6 +63,8 @@ class Worker:
     def _warm(self, name: str, calls: int, output: str | None) -> dict[str, Any]:
         """Call a target before its times count; keep the outputs of the last call in a file."""
         target = self._targets[name]
+        if self._anonymous_before_calls is None and (now := resident()) is not None:
+            self._anonymous_before_calls = now.anonymous_bytes
         result: tuple[torch.Tensor, ...] = ()
 
         def call() -> None:
@@ -78,11 +81,13 @@ class Worker:
         return asdict(WarmAnswer(seconds, paths, target.notes, target.runtime))
 
     def _settle(self) -> dict[str, Any]:
-        """What is resident now is the baseline of the calls that follow."""
+        """What is resident now is the baseline of the calls that follow, but for what a runtime keeps for them."""
         self._note_peak()
         self._baseline = None
         if reset_peak() and (now := resident()) is not None:
             self._baseline = now.now_bytes
+            if any(target.keeps_memory for target in self._targets.values()):
+                self._baseline -= max(0, now.anonymous_bytes - (self._anonymous_before_calls or 0))
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
