@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
@@ -36,7 +37,12 @@ def compare_onnx(
     path: Path, program: Program, inputs: Mapping[str, Tensor], progress: Progress = SILENT
 ) -> tuple[Check, ...]:
     """compare_engine for the file in onnxruntime on the CPU."""
-    return compare_engine(OnnxEngine(path), program, inputs, "onnx", progress)
+
+    def call_once(**given: Tensor) -> Any:
+        # The engine keeps the memory of a call as long as it lives, and torch's runs follow.
+        return OnnxEngine(path)(**given)
+
+    return compare_engine(call_once, program, inputs, "onnx", progress)
 
 
 def compare_rounded(

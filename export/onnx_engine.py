@@ -128,7 +128,7 @@ class OnnxEngine:
 def _session_options(onnxruntime: Any, shares_memory: bool) -> Any:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors; warnings are about its own optimisations
-    # A pattern is one block beside what the first call took: memory is held twice, and no time gained.
+    # A pattern is one block beside what the first call took: on a CPU memory is held twice, and no time gained.
     options.enable_mem_pattern = False
     if shares_memory:
         _register_shared_arena(onnxruntime)

@@ -163,12 +163,22 @@ def profile(path: Path, calls: int) -> tuple[float, dict[str, tuple[int, float]]
     return statistics.median(times[1:]), by_operator
 
 
+_DTYPES = {
+    "tensor(float)": np.float32,
+    "tensor(float16)": np.float16,
+    "tensor(double)": np.float64,
+    "tensor(int64)": np.int64,
+    "tensor(int32)": np.int32,
+    "tensor(bool)": np.bool_,
+}
+
+
 def _inputs(session: onnxruntime.InferenceSession) -> dict[str, np.ndarray[Any, Any]]:
     """Normal values; ones where an input is a timestep or the like."""
     generator = np.random.default_rng(0)
     return {
         value.name: (generator.standard_normal(value.shape) if len(value.shape) > 1 else np.ones(value.shape)).astype(
-            np.float32 if "float" in value.type else np.int64
+            _DTYPES[value.type]
         )
         for value in session.get_inputs()
     }
@@ -198,9 +208,9 @@ def measure_memory(path: Path, setting: str, calls: int) -> Kept:
     options.enable_cpu_mem_arena, options.enable_mem_pattern = MEMORY_SETTINGS[setting]
     session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
     inputs = _inputs(session)
-    reset_peak()
-    before = resident()
-    assert before is not None, "memory is read from /proc"
+    before = resident() if reset_peak() else None
+    if before is None:
+        raise click.ClickException("this system's /proc does not tell the memory of a call")
     times = []
     for _ in range(calls):
         start = time.perf_counter()
@@ -288,7 +298,7 @@ def attention(head_dims: list[int], tokens: list[int], rounds: int) -> None:
 @click.option("--calls", default=3, show_default=True, type=click.IntRange(1))
 def profile_command(files: tuple[Path, ...], calls: int) -> None:
     """Time exported files by operator."""
-    profiles = {path.stem: profile(path, calls) for path in files}
+    profiles = {str(path): profile(path, calls) for path in files}
     click.echo(f"{_machine()}; median of {calls}\n\n{profile_table(profiles)}")
 
 
@@ -301,7 +311,7 @@ def memory_command(files: tuple[Path, ...], calls: int) -> None:
     for path in files:
         for setting in MEMORY_SETTINGS:
             with ProcessPoolExecutor(1, mp_context=get_context("spawn")) as process:
-                kept[path.stem, setting] = process.submit(measure_memory, path, setting, calls + 2).result()
+                kept[str(path), setting] = process.submit(measure_memory, path, setting, calls + 2).result()
     click.echo(f"{_machine()}\n\n{memory_table(kept)}")
 
 

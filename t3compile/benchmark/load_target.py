@@ -79,7 +79,8 @@ def module_on(program: Program, device: str) -> tuple[Program, Callable[..., Any
 def _load_engine(request: LoadRequest) -> Target:
     name = f"onnxruntime-{request.device}" if request.runtime == "ort" else _ENGINES[request.runtime]
     # Its neighbours in this process stand for layers of one model, which share their memory too.
-    options: dict[str, Any] = {"shares_memory": True} if request.runtime == "ort" else {}
+    keeps_memory = request.runtime == "ort" and request.device == "cpu"
+    options: dict[str, Any] = {"shares_memory": True} if keeps_memory else {}
     # Trusted: just written by the process that asks.
     engine = load(Path(request.path), name, trust_code=True, **options)
     # TensorRT takes tensors where they lie; the others copy to the host, which is then part of every call.
@@ -91,7 +92,7 @@ def _load_engine(request: LoadRequest) -> Target:
         return result if isinstance(result, tuple) else (result,)
 
     return Target(
-        call, stopwatch_for(request.runtime, request.device), engine.runtime, tuple(engine.notes), bool(options)
+        call, stopwatch_for(request.runtime, request.device), engine.runtime, tuple(engine.notes), keeps_memory
     )
 
 

@@ -36,8 +36,8 @@ class Memory:
     """Bytes of one process; None where this system does not tell.
 
     ``peak_bytes``: the largest resident size since it began, ``calls_peak_bytes``: during the timed calls alone,
-    ``baseline_bytes``: resident before them, weights and inputs included. ``device_bytes`` and
-    ``device_baseline_bytes``: the same on a GPU, by torch's allocator.
+    ``baseline_bytes``: resident before them, weights and inputs included, but not what the runtime keeps from call to
+    call. ``device_bytes`` and ``device_baseline_bytes``: the same on a GPU, by torch's allocator.
     """
 
     peak_bytes: int | None = None

@@ -63,8 +63,10 @@ class Worker:
     def _warm(self, name: str, calls: int, output: str | None) -> dict[str, Any]:
         """Call a target before its times count; keep the outputs of the last call in a file."""
         target = self._targets[name]
-        if self._anonymous_before_calls is None and (now := resident()) is not None:
-            self._anonymous_before_calls = now.anonymous_bytes
+        if self._anonymous_before_calls is None:
+            self._note_peak()
+            reset_peak()
+            self._anonymous_before_calls = now.anonymous_bytes if (now := resident()) is not None else None
         result: tuple[torch.Tensor, ...] = ()
 
         def call() -> None:
@@ -86,8 +88,9 @@ class Worker:
         self._baseline = None
         if reset_peak() and (now := resident()) is not None:
             self._baseline = now.now_bytes
-            if any(target.keeps_memory for target in self._targets.values()):
-                self._baseline -= max(0, now.anonymous_bytes - (self._anonymous_before_calls or 0))
+            before = self._anonymous_before_calls
+            if before is not None and any(target.keeps_memory for target in self._targets.values()):
+                self._baseline -= max(0, now.anonymous_bytes - before)
         if torch.cuda.is_initialized():
             torch.cuda.synchronize()
             torch.cuda.reset_peak_memory_stats()
