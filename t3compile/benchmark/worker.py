@@ -22,7 +22,7 @@ import torch
 from t3compile.benchmark.load_target import Target, load_target
 from t3compile.benchmark.matrix_peak import measure_matrix_peak
 from t3compile.benchmark.messages import LoadRequest, Memory, WarmAnswer
-from t3compile.benchmark.process_memory import reset_peak, resident
+from t3compile.benchmark.process_memory import Resident, reset_peak, resident
 from t3compile.errors import T3CompileError, first_line
 from t3compile.ops.dispatch import record_paths
 
@@ -101,13 +101,14 @@ class Worker:
         target, calls = self._targets[name], self._calls.get(name, 1)
         return {"seconds": target.stopwatch.seconds(target.call, calls), "calls": calls}
 
-    def _note_peak(self) -> None:
-        if (now := resident()) is not None:
+    def _note_peak(self) -> Resident | None:
+        now = resident()
+        if now is not None:
             self._peak = max(self._peak, now.peak_bytes)
+        return now
 
     def _memory(self) -> dict[str, Any]:
-        self._note_peak()
-        now = resident()
+        now = self._note_peak()
         device = torch.cuda.max_memory_allocated() if torch.cuda.is_initialized() else None
         calls_peak = None if now is None or self._baseline is None else now.peak_bytes
         return asdict(Memory(self._peak or None, calls_peak, self._baseline, device, self._device_baseline))
