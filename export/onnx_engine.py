@@ -30,7 +30,7 @@ from t3compile.export.runtimes import (
 )
 
 # onnxruntime's names of dtypes -> torch's.
-_DTYPES = {
+DTYPES = {
     "tensor(float)": "float32",
     "tensor(float16)": "float16",
     "tensor(bfloat16)": "bfloat16",
@@ -138,8 +138,8 @@ def _session_options(onnxruntime: Any, shares_memory: bool) -> Any:
 
 @functools.cache
 def _register_shared_arena(onnxruntime: Any) -> None:
-    kinds = onnxruntime.OrtAllocatorType, onnxruntime.OrtMemType
-    memory = onnxruntime.OrtMemoryInfo("Cpu", kinds[0].ORT_ARENA_ALLOCATOR, 0, kinds[1].DEFAULT)
+    kind, place = onnxruntime.OrtAllocatorType.ORT_ARENA_ALLOCATOR, onnxruntime.OrtMemType.DEFAULT
+    memory = onnxruntime.OrtMemoryInfo("Cpu", kind, 0, place)
     onnxruntime.create_and_register_allocator(memory, onnxruntime.OrtArenaCfg({}))
 
 
@@ -193,7 +193,7 @@ def _candidates(name: str, available: Sequence[str]) -> list[Runtime]:
 
 
 def _engine_input(value: Any) -> EngineInput:
-    if value.type not in _DTYPES:
+    if value.type not in DTYPES:
         raise EngineError(f"input '{value.name}' has type {value.type}, which torch cannot hold")
     shape = tuple("?" if length is None else length for length in value.shape)
-    return EngineInput(value.name, shape, _DTYPES[value.type])
+    return EngineInput(value.name, shape, DTYPES[value.type])

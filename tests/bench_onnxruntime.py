@@ -34,7 +34,9 @@ import onnxruntime
 from t3compile.benchmark.process_memory import reset_peak, resident
 from t3compile.export.attention_forms import ATTENTION_FORMS, spell_attention
 from t3compile.export.attention_rule import LEEWAY, AttentionForm, FormBound, derive_rule
+from t3compile.export.onnx_engine import DTYPES
 from t3compile.export.torch_onnx import OPSET
+from t3compile.stopwatch import WallClock
 
 _FLOP = 4e9
 _FEWEST_WINDOWS = 4
@@ -128,9 +130,20 @@ def share_threads() -> None:
     onnxruntime.set_global_thread_pool_sizes(len(os.sched_getaffinity(0)), 1)
 
 
-def _session(model: Any, profile: Path | None = None, *, share_threads: bool = False) -> onnxruntime.InferenceSession:
+# Of SessionOptions: enable_cpu_mem_arena, enable_mem_pattern.
+MEMORY_SETTINGS: Mapping[str, tuple[bool, bool]] = {
+    "none kept": (False, False),
+    "kept": (True, False),
+    "kept, by pattern": (True, True),
+}
+
+
+def _session(
+    model: Any, profile: Path | None = None, *, share_threads: bool = False, memory: str = "kept"
+) -> onnxruntime.InferenceSession:
+    """Memory is kept as 't3compile run' does, unless another setting is named."""
     options = onnxruntime.SessionOptions()
-    options.enable_mem_pattern = False  # as 't3compile run' has it
+    options.enable_cpu_mem_arena, options.enable_mem_pattern = MEMORY_SETTINGS[memory]
     options.log_severity_level = 3
     options.use_per_session_threads = not share_threads
     if profile is not None:
@@ -140,16 +153,15 @@ def _session(model: Any, profile: Path | None = None, *, share_threads: bool = F
     return onnxruntime.InferenceSession(given, options, providers=["CPUExecutionProvider"])
 
 
+def _time_calls(session: onnxruntime.InferenceSession, inputs: Mapping[str, Any], calls: int) -> list[float]:
+    return [WallClock().seconds(lambda: session.run(None, inputs)) for _ in range(calls)]
+
+
 def profile(path: Path, calls: int) -> tuple[float, dict[str, tuple[int, float]]]:
     """Median seconds of a call, and by operator how many run and their milliseconds; the first call is left out."""
     with tempfile.TemporaryDirectory() as folder:
         session = _session(path, Path(folder) / "profile")
-        inputs = _inputs(session)
-        times = []
-        for _ in range(calls + 1):
-            start = time.perf_counter()
-            session.run(None, inputs)
-            times.append(time.perf_counter() - start)
+        times = _time_calls(session, _inputs(session), calls + 1)
         events = json.loads(Path(session.end_profiling()).read_text())
     ends = sorted(event["ts"] + event["dur"] for event in events if event["name"] == "model_run")
     counts: Counter[str] = Counter()
@@ -163,33 +175,15 @@ def profile(path: Path, calls: int) -> tuple[float, dict[str, tuple[int, float]]
     return statistics.median(times[1:]), by_operator
 
 
-_DTYPES = {
-    "tensor(float)": np.float32,
-    "tensor(float16)": np.float16,
-    "tensor(double)": np.float64,
-    "tensor(int64)": np.int64,
-    "tensor(int32)": np.int32,
-    "tensor(bool)": np.bool_,
-}
-
-
 def _inputs(session: onnxruntime.InferenceSession) -> dict[str, np.ndarray[Any, Any]]:
     """Normal values; ones where an input is a timestep or the like."""
     generator = np.random.default_rng(0)
     return {
         value.name: (generator.standard_normal(value.shape) if len(value.shape) > 1 else np.ones(value.shape)).astype(
-            _DTYPES[value.type]
+            DTYPES[value.type]
         )
         for value in session.get_inputs()
     }
-
-
-# Of SessionOptions: enable_cpu_mem_arena, enable_mem_pattern.
-MEMORY_SETTINGS: Mapping[str, tuple[bool, bool]] = {
-    "none kept": (False, False),
-    "kept": (True, False),
-    "kept, by pattern": (True, True),
-}
 
 
 @dataclass(frozen=True)
@@ -203,19 +197,12 @@ class Kept:
 
 def measure_memory(path: Path, setting: str, calls: int) -> Kept:
     """Call a file in this process, which should be fresh."""
-    options = onnxruntime.SessionOptions()
-    options.log_severity_level = 3
-    options.enable_cpu_mem_arena, options.enable_mem_pattern = MEMORY_SETTINGS[setting]
-    session = onnxruntime.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+    session = _session(path, memory=setting)
     inputs = _inputs(session)
     before = resident() if reset_peak() else None
     if before is None:
         raise click.ClickException("this system's /proc does not tell the memory of a call")
-    times = []
-    for _ in range(calls):
-        start = time.perf_counter()
-        session.run(None, inputs)
-        times.append(time.perf_counter() - start)
+    times = _time_calls(session, inputs, calls)
     after = resident()
     assert after is not None
     return Kept(

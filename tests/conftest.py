@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import os
 import signal
 from collections.abc import Iterator
@@ -19,14 +18,13 @@ def pytest_configure(config: pytest.Config) -> None:
         import torch
 
         torch.set_num_threads(1)
-    # As the command line does: graphs are many objects that live on, looked at in vain.
-    gc.set_threshold(50_000, 20, 100)
 
 
 @pytest.fixture(scope="session", autouse=True)
-def _exports_are_shared() -> Iterator[None]:
-    """Most of the time of a small export is work that others did before."""
+def _time_is_saved() -> Iterator[None]:
+    """Garbage is collected as rarely as by the command line; exports repeat no work that others did before."""
+    from t3compile.cli.options import rare_collections
     from tests.shared_exports import shared_exports
 
-    with shared_exports():
+    with rare_collections(), shared_exports():
         yield

@@ -167,6 +167,7 @@ def step():
 sys.modules["tensorrt"] = make_tensorrt("10.16.1.11", Behaviour(during_build=step))
 tensorrt_api.find_cuda_device = lambda index=0: CudaDevice(0, "NVIDIA Test", "9.0", "13.0")
 """
+BUILD = ("build-engine", "windows.onnx", "--attention", "native", "-o", "OUT/x.engine")
 NO_GRACE = "import t3compile.interruption as interruption\ninterruption._GRACE_S = 0.5"
 
 
@@ -177,18 +178,8 @@ NO_GRACE = "import t3compile.interruption as interruption\ninterruption._GRACE_S
         (signal.SIGTERM, ("run", "windows.pt2", "--inputs", "inputs.npz", "-o", "OUT/x.npz"), SLOW_OUTPUTS, True),
         (signal.SIGINT, ("verify", "model.pt2", "windows.pt2"), SLOW_CHECK, False),
         (signal.SIGTERM, ("deploy", "triton-server", "windows.onnx", "-o", "OUT/repository"), SLOW_COPY, True),
-        (
-            signal.SIGINT,
-            ("build-engine", "windows.onnx", "--attention", "native", "-o", "OUT/x.engine"),
-            SLOW_BUILD.format(seconds=1),
-            True,
-        ),
-        (
-            signal.SIGINT,
-            ("build-engine", "windows.onnx", "--attention", "native", "-o", "OUT/x.engine"),
-            SLOW_BUILD.format(seconds=60) + NO_GRACE,
-            True,
-        ),
+        (signal.SIGINT, BUILD, SLOW_BUILD.format(seconds=1), True),
+        (signal.SIGINT, BUILD, SLOW_BUILD.format(seconds=60) + NO_GRACE, True),
     ],
     ids=["run", "run, writing", "verify", "deploy", "build-engine", "build-engine, deaf"],
 )

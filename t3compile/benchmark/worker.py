@@ -63,10 +63,8 @@ class Worker:
     def _warm(self, name: str, calls: int, output: str | None) -> dict[str, Any]:
         """Call a target before its times count; keep the outputs of the last call in a file."""
         target = self._targets[name]
-        if self._anonymous_before_calls is None:
-            self._note_peak()
-            reset_peak()
-            self._anonymous_before_calls = now.anonymous_bytes if (now := resident()) is not None else None
+        if self._anonymous_before_calls is None and (now := self._begin_peak()) is not None:
+            self._anonymous_before_calls = now.anonymous_bytes
         result: tuple[torch.Tensor, ...] = ()
 
         def call() -> None:
@@ -84,9 +82,8 @@ class Worker:
 
     def _settle(self) -> dict[str, Any]:
         """What is resident now is the baseline of the calls that follow, but for what a runtime keeps for them."""
-        self._note_peak()
         self._baseline = None
-        if reset_peak() and (now := resident()) is not None:
+        if (now := self._begin_peak()) is not None:
             self._baseline = now.now_bytes
             before = self._anonymous_before_calls
             if before is not None and any(target.keeps_memory for target in self._targets.values()):
@@ -106,6 +103,11 @@ class Worker:
         if now is not None:
             self._peak = max(self._peak, now.peak_bytes)
         return now
+
+    def _begin_peak(self) -> Resident | None:
+        """What is resident when the peak begins anew; None where it does not."""
+        self._note_peak()
+        return resident() if reset_peak() else None
 
     def _memory(self) -> dict[str, Any]:
         now = self._note_peak()

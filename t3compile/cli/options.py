@@ -123,7 +123,7 @@ def shielded(command: Command) -> Command:
     @functools.wraps(command)
     def run(*args: Any, **kwargs: Any) -> Any:
         try:
-            with stoppable(), own_temporary_folder(), _rare_collections(), warnings.catch_warnings():
+            with stoppable(), own_temporary_folder(), rare_collections(), warnings.catch_warnings():
                 warnings.showwarning = _say_leftovers(warnings.showwarning)
                 return command(*args, **kwargs)
         except T3CompileError as error:
@@ -137,7 +137,7 @@ def shielded(command: Command) -> Command:
 
 
 @contextmanager
-def _rare_collections() -> Iterator[None]:
+def rare_collections() -> Iterator[None]:
     """Collect garbage after 50,000 new objects: graphs are made of many that all live on, looked at in vain."""
     before = gc.get_threshold()
     gc.set_threshold(50_000, 20, 100)
