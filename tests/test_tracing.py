@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import functools
@@ -13,14 +14,17 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx._lazy_graph_module import _get_graph_module_cls
 
 import t3compile
+import t3compile.program as program_module
+import t3compile.tracing.export_nonstrict as export_nonstrict_module
 from t3compile.errors import InputsError, TraceError
 from t3compile.execute import execute
 from t3compile.inputs import call_inputs, named_inputs, read_inputs
-from t3compile.program import Program, functionalized
+from t3compile.program import Program, functionalized, graph_fingerprint, traced_lightly
 from t3compile.tracing.carry_values import reads_values
 from t3compile.tracing.export_with_values import export_with_values
 from t3compile.tracing.traced_call import make_call
@@ -248,6 +252,40 @@ def test_strategies(module: nn.Module, args: tuple[Any, ...], traced_by: str, fr
 
 def targets(program: Program) -> list[str]:
     return [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
+
+
+def test_graphs_on_the_way_are_never_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[int] = []
+    python_code = fx.Graph.python_code
+
+    def counting(graph: fx.Graph, *args: Any, **kwargs: Any) -> Any:
+        compiled.append(1)
+        return python_code(graph, *args, **kwargs)
+
+    monkeypatch.setattr(fx.Graph, "python_code", counting)
+    program = t3compile.trace(WritesBuffer(), (X,))
+    lightly = len(compiled)
+    assert not any("stack_trace" in node.meta for node in program.graph.nodes)
+
+    compiled.clear()
+    for module in (program_module, export_nonstrict_module):
+        monkeypatch.setattr(module, "traced_lightly", contextlib.nullcontext)
+    plain = t3compile.trace(WritesBuffer(), (X,))
+    assert lightly < 0.7 * len(compiled)
+    assert graph_fingerprint(plain.graph) == graph_fingerprint(program.graph)
+
+
+def test_tracing_lightly_leaves_torch_as_it_was() -> None:
+    def settings() -> tuple[object, bool]:
+        return _get_graph_module_cls(), bool(getattr(fx.config, "do_not_emit_stack_traces", False))
+
+    before = settings()
+    with traced_lightly():
+        assert settings() != before
+        with pytest.raises(TraceError):
+            program_module.trace(nn.Identity(), (X, X))
+        assert settings() != before
+    assert settings() == before
 
 
 def test_gather_by_a_run_of_places_is_a_slice() -> None:
