@@ -17,7 +17,7 @@ from typing import Literal, get_args
 import onnx_ir as ir
 
 from t3compile.export.attention_rule import AttentionForm, choose_form
-from t3compile.export.graph_values import put_in_place, sizes_of
+from t3compile.export.graph_values import initializer, put_in_place, sizes_of
 
 # "auto" picks a form for each call, by the rule measured for onnxruntime on CPUs.
 AttentionChoice = Literal["attention", "matmul", "onnxruntime", "auto"]
@@ -98,14 +98,6 @@ def _mask_of(node: ir.Node) -> ir.Value | None:
     return node.inputs[3] if len(node.inputs) > 3 else None
 
 
-def _initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
-    value = ir.Value(
-        name=name, const_value=tensor, shape=ir.Shape(tensor.numpy().shape), type=ir.TensorType(tensor.dtype)
-    )
-    graph.register_initializer(value)
-    return value
-
-
 def _keep(graph: ir.Graph, node: ir.Node) -> None:
     """Opset-23 Attention: every runtime's own fused kernel. onnxruntime's wants a mask with a row for each query."""
     mask = _mask_of(node)
@@ -115,7 +107,7 @@ def _keep(graph: ir.Graph, node: ir.Node) -> None:
     wanted = (*sizes[:2], sizes_of(node.inputs[0])[2], sizes_of(node.inputs[1])[2])
     if sizes == wanted:
         return
-    shape = _initializer(graph, f"{node.outputs[0].name}_mask_shape", ir.tensor(list(wanted)))
+    shape = initializer(graph, f"{node.outputs[0].name}_mask_shape", ir.tensor(list(wanted)))
     full = ir.node("Expand", [mask, shape])
     graph.insert_before(node, full)
     node.replace_input_with(3, full.outputs[0])
@@ -125,7 +117,7 @@ def _to_matmul(graph: ir.Graph, node: ir.Node) -> None:
     """MatMul-Softmax-MatMul with the query scaled first: for TensorRT before 10.14."""
     q, k, v = node.inputs[:3]
     assert q is not None and k is not None and v is not None and q.dtype is not None
-    factor = _initializer(graph, f"{node.outputs[0].name}_scale", ir.tensor(_scale(node), dtype=q.dtype))
+    factor = initializer(graph, f"{node.outputs[0].name}_scale", ir.tensor(_scale(node), dtype=q.dtype))
     scaled = ir.node("Mul", [q, factor])
     keys = ir.node("Transpose", [k], {"perm": [0, 1, 3, 2]})
     scores = ir.node("MatMul", [scaled.outputs[0], keys.outputs[0]])
@@ -152,7 +144,7 @@ def _additive(graph: ir.Graph, node: ir.Node, mask: ir.Value) -> list[ir.Node]:
         return [] if mask.dtype == q.dtype else [ir.node("Cast", [mask], {"to": q.dtype})]
     name = f"{node.outputs[0].name}_mask"
     visible, hidden = (
-        _initializer(graph, f"{name}_{part}", ir.tensor(value, dtype=q.dtype))
+        initializer(graph, f"{name}_{part}", ir.tensor(value, dtype=q.dtype))
         for part, value in (("visible", 0.0), ("hidden", float("-inf")))
     )
     return [ir.node("Where", [mask, visible, hidden])]
@@ -174,7 +166,7 @@ def _to_onnxruntime(graph: ir.Graph, node: ir.Node) -> None:
     for i, (value, given) in enumerate(zip(values, node.inputs[:3], strict=True)):
         _, _, tokens, depth = sizes_of(given)
         depth += widened and i < 2
-        shape = _initializer(graph, f"{node.outputs[0].name}_{i}_flat", ir.tensor([-1, tokens, depth]))
+        shape = initializer(graph, f"{node.outputs[0].name}_{i}_flat", ir.tensor([-1, tokens, depth]))
         made.append(ir.node("Reshape", [value, shape]))
         flat.append(made[-1].outputs[0])
     if mask is not None and not widened:
@@ -184,7 +176,7 @@ def _to_onnxruntime(graph: ir.Graph, node: ir.Node) -> None:
     if mask is not None or "scale" in node.attributes:
         attributes["scale"] = _scale(node)
     fused = ir.node("MultiHeadAttention", flat, attributes, domain="com.microsoft")
-    back = _initializer(graph, f"{node.outputs[0].name}_shape", ir.tensor(list(sizes_of(node.outputs[0]))))
+    back = initializer(graph, f"{node.outputs[0].name}_shape", ir.tensor(list(sizes_of(node.outputs[0]))))
     out = ir.node("Reshape", [fused.outputs[0], back])
     _replace(graph, node, [*made, fused, out])
 
@@ -199,11 +191,10 @@ def _mask_into_keys(graph: ir.Graph, node: ir.Node, mask: ir.Value) -> list[ir.N
     q, k = node.inputs[:2]
     assert q is not None and q.dtype is not None
     name = f"{node.outputs[0].name}_mask"
-    scale = _initializer(graph, f"{name}_scale", ir.tensor(_scale(node), dtype=q.dtype))
-    one = _initializer(graph, f"{name}_one", ir.tensor(1.0, dtype=q.dtype))
+    scale = initializer(graph, f"{name}_scale", ir.tensor(_scale(node), dtype=q.dtype))
+    one = initializer(graph, f"{name}_one", ir.tensor(1.0, dtype=q.dtype))
     q_shape, k_shape = (
-        _initializer(graph, f"{name}_{part}_shape", ir.tensor([*sizes_of(x)[:3], 1]))
-        for part, x in (("q", q), ("k", k))
+        initializer(graph, f"{name}_{part}_shape", ir.tensor([*sizes_of(x)[:3], 1])) for part, x in (("q", q), ("k", k))
     )
     bias = _additive(graph, node, mask)
     divided = ir.node("Div", [bias[-1].outputs[0] if bias else mask, scale])
@@ -222,8 +213,8 @@ def _bias_of_queries(graph: ir.Graph, node: ir.Node, mask: ir.Value) -> list[ir.
     name = f"{node.outputs[0].name}_mask"
     bias = _additive(graph, node, mask)
     whole = (1, 1, queries, keys) if sizes_of(mask)[:2] == (1, 1) else (batch, heads, queries, keys)
-    whole_shape = _initializer(graph, f"{name}_whole_shape", ir.tensor(list(whole)))
-    flat_shape = _initializer(graph, f"{name}_flat_shape", ir.tensor([-1, 1, queries, keys]))
+    whole_shape = initializer(graph, f"{name}_whole_shape", ir.tensor(list(whole)))
+    flat_shape = initializer(graph, f"{name}_flat_shape", ir.tensor([-1, 1, queries, keys]))
     full = ir.node("Expand", [bias[-1].outputs[0] if bias else mask, whole_shape])
     return [*bias, full, ir.node("Reshape", [full.outputs[0], flat_shape])]
 

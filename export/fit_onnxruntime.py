@@ -12,6 +12,7 @@ from onnx_ir.passes import common
 
 from t3compile.export.attention_forms import AttentionChoice, spell_attention
 from t3compile.export.fuse_rotary import FuseRotary
+from t3compile.export.gather_transposes import GatherTransposes
 from t3compile.export.merge_transposes import MergeTransposes
 from t3compile.export.split_branches import SplitBranches
 
@@ -86,6 +87,7 @@ PASSES: tuple[ir.passes.PassBase, ...] = (
     SpellAttention(),
     FuseRotary(),  # before the views: it is found by them
     MergeTransposes(),
+    GatherTransposes(),  # of what is left of them
     SpellGelu(),
     common.RemoveUnusedNodesPass(),  # last: the tables' and shapes' constants that nothing reads any more
 )

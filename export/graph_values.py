@@ -36,6 +36,15 @@ def int64_constant(numbers: Sequence[int]) -> ir.Node:
     return node
 
 
+def initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
+    """A new initializer of the graph, its value's shape and type known."""
+    value = ir.Value(
+        name=name, const_value=tensor, shape=ir.Shape(tensor.numpy().shape), type=ir.TensorType(tensor.dtype)
+    )
+    graph.register_initializer(value)
+    return value
+
+
 def put_in_place(graph: ir.Graph, old: ir.Node, made: Sequence[ir.Node], result: ir.Value) -> None:
     """Put nodes in the place of one with a single output that is used; ``result`` replaces it, under its name.
 

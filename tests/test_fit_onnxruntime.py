@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from t3compile.execute import execute
+from t3compile.export import gather_transposes
 from t3compile.export.attention_forms import count_attention, spell_attention
 from t3compile.export.attention_rule import (
     LEEWAY,
@@ -28,6 +29,8 @@ from t3compile.export.attention_rule import (
 )
 from t3compile.export.fit_onnxruntime import DropWholeSlices, SpellGelu
 from t3compile.export.fuse_rotary import FuseRotary
+from t3compile.export.gather_transposes import GatherTransposes
+from t3compile.export.graph_values import sizes_of
 from t3compile.export.merge_transposes import MAX_AXES, MergeTransposes
 from t3compile.export.split_branches import SplitBranches
 from t3compile.inputs import named_inputs
@@ -154,6 +157,74 @@ def test_random_chains_of_views_keep_their_values(seed: int) -> None:
     for ours, theirs in zip(_run(model, x=x), before, strict=True):
         assert ours.shape == theirs.shape
         assert np.array_equal(ours, theirs)
+
+
+@pytest.fixture
+def everything_is_large(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gather_transposes, "FEWEST_BYTES", 1)
+
+
+@pytest.mark.usefixtures("everything_is_large")
+@pytest.mark.parametrize("seed", range(8))
+def test_a_gather_moves_what_the_transpose_did(seed: int) -> None:
+    """Leading and trailing axes stay or move, in any order of those between."""
+    generator = np.random.default_rng(seed)
+    shape = [int(size) for size in generator.integers(1, 5, size=5)] + [16]
+    perm = [int(axis) for axis in generator.permutation(4)]
+    perm = [0, *(axis + 1 for axis in perm), 5] if seed % 2 else [*perm, 4, 5]
+    build = Build(x=shape)
+    model = build.model(build.transpose(build.inputs[0], perm))
+    x = _random(*shape, seed=seed)
+    moves = [axis for axis in range(6) if perm[axis] != axis]
+    assert GatherTransposes()(model).modified == bool(moves)
+    assert _ops(model)["Transpose"] == (0 if moves else 1)
+    assert np.array_equal(_run(model, x=x)[0], x.transpose(perm))
+    if moves:
+        (places,) = model.graph.initializers.values()
+        assert sizes_of(places) == (np.prod(shape[moves[0] : moves[-1] + 1]),)
+
+
+@pytest.mark.usefixtures("everything_is_large")
+def test_equal_transposes_share_their_places() -> None:
+    build = Build(x=(4, 6, 16), y=(4, 6, 2, 8))
+    first, second = (
+        build.transpose(value, perm) for value, perm in zip(build.inputs, ((1, 0, 2), (1, 0, 2, 3)), strict=True)
+    )
+    model = build.model(first, second)
+    x, y = _random(4, 6, 16), _random(4, 6, 2, 8, seed=1)
+    GatherTransposes()(model)
+    assert _ops(model)["Gather"] == 2
+    assert len(model.graph.initializers) == 1
+    ours = _run(model, x=x, y=y)
+    assert np.array_equal(ours[0], x.transpose(1, 0, 2))
+    assert np.array_equal(ours[1], y.transpose(1, 0, 2, 3))
+
+
+@pytest.mark.parametrize(
+    ("shape", "perm"),
+    [
+        ((512, 31, 16), (1, 0, 2)),  # below a MiB
+        ((512, 64, 16), (0, 2, 1)),  # single elements move
+        ((512, 64, 8, 2), (1, 0, 3, 2)),
+        ((2048, 32, 8), (1, 0, 2)),  # pieces of 32 bytes
+        ((512, 64, 16), (0, 1, 2)),
+    ],
+)
+def test_transposes_that_a_gather_would_not_speed_up_stay(shape: tuple[int, ...], perm: tuple[int, ...]) -> None:
+    build = Build(x=shape)
+    model = build.model(build.transpose(build.inputs[0], perm))
+    assert not GatherTransposes()(model).modified
+    assert _ops(model) == {"Transpose": 1}
+
+
+def test_a_table_of_places_has_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+    def is_gathered(most_bytes: int) -> bool:
+        monkeypatch.setattr(gather_transposes, "MOST_TABLE_BYTES", most_bytes)
+        build = Build(x=(512, 64, 16))
+        return GatherTransposes()(build.model(build.transpose(build.inputs[0], (1, 0, 2)))).modified
+
+    assert is_gathered(4 * 512 * 64)
+    assert not is_gathered(4 * 512 * 64 - 1)
 
 
 def test_a_view_that_cuts_across_factors_is_left_alone() -> None:

@@ -1,0 +1,104 @@
+"""Large Transposes as Gathers: onnxruntime's CPU Transpose runs on one thread, its Gather on all.
+
+Input graph:
+    y = Transpose(x, perm=[0, 2, 4, 1, 3, 5])                       x [1, 17, 8, 30, 4, 128]
+Output graph:
+    y = Reshape(Gather(Reshape(x, [1, 16320, 128]), places, axis=1), [1, 8, 4, 17, 30, 128])
+
+Leading and trailing axes that stay move along; ``places`` is an int32 table over the axes between, shared by equal
+Transposes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from t3compile.export.graph_values import initializer, int64_constant, put_in_place, static_shape
+
+# Below, starting threads costs what they save.
+FEWEST_BYTES = 2**20
+# Of what moves as one piece: a table has four bytes for each.
+FEWEST_PIECE_BYTES = 64
+MOST_TABLE_BYTES = 2**24
+
+
+@dataclass(frozen=True)
+class _Move:
+    """A Transpose as [leading, places, piece] -> [leading, places, piece]."""
+
+    leading: int
+    sizes: tuple[int, ...]
+    perm: tuple[int, ...]
+    piece: int
+
+    @classmethod
+    def of(cls, shape: tuple[int, ...], perm: tuple[int, ...]) -> _Move:
+        stays = [axis == source for axis, source in enumerate(perm)]
+        first = stays.index(False) if False in stays else len(perm)
+        last = len(perm) - stays[::-1].index(False) if False in stays else len(perm)
+        between = tuple(axis - first for axis in perm[first:last])
+        return cls(math.prod(shape[:first]), shape[first:last], between, math.prod(shape[last:]))
+
+    @property
+    def places(self) -> int:
+        return math.prod(self.sizes)
+
+    def gains(self, element_bytes: int) -> bool:
+        piece = self.piece * element_bytes
+        moved = self.leading * self.places * piece
+        is_large = moved >= FEWEST_BYTES and piece >= FEWEST_PIECE_BYTES
+        return is_large and 4 * self.places <= MOST_TABLE_BYTES and bool(self.sizes)
+
+    def table(self) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
+        """The place in the input of every place in the output."""
+        return np.arange(self.places, dtype=np.int32).reshape(self.sizes).transpose(self.perm).reshape(-1)
+
+
+@dataclass(frozen=True)
+class GatherTransposes(ir.passes.InPlacePass):
+    """Every Transpose of a known shape that moves whole pieces of a large tensor becomes a Gather."""
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Rewrite the main graph."""
+        tables: dict[tuple[tuple[int, ...], tuple[int, ...]], ir.Value] = {}
+        modified = False
+        for node in [node for node in model.graph if node.domain == "" and node.op_type == "Transpose"]:
+            source, out_shape = node.inputs[0], static_shape(node.outputs[0])
+            shape = static_shape(source)
+            if source is None or source.dtype is None or shape is None or out_shape is None:
+                continue
+            move = _Move.of(shape, _permutation(node, len(shape)))
+            if not move.gains(int(source.dtype.itemsize)):
+                continue
+            key = (move.sizes, move.perm)
+            if key not in tables:
+                tables[key] = initializer(model.graph, f"transposed_places_{len(tables)}", ir.tensor(move.table()))
+            _gather(model.graph, node, source, move, tables[key], out_shape)
+            modified = True
+        return ir.passes.PassResult(model, modified)
+
+
+def _permutation(node: ir.Node, axes: int) -> tuple[int, ...]:
+    return tuple(node.attributes["perm"].as_ints()) if "perm" in node.attributes else tuple(range(axes))[::-1]
+
+
+def _gather(
+    graph: ir.Graph, node: ir.Node, source: ir.Value, move: _Move, table: ir.Value, out_shape: Sequence[int]
+) -> None:
+    pieces = (move.leading, move.places, move.piece)
+    before, after = int64_constant(pieces), int64_constant(out_shape)
+    view = ir.node("Reshape", [source, before.outputs[0]])
+    gathered = ir.node("Gather", [view.outputs[0], table], {"axis": 1})
+    back = ir.node("Reshape", [gathered.outputs[0], after.outputs[0]])
+    made = [before, view, gathered, after, back]
+    for new, shape in ((view, pieces), (gathered, pieces), (back, out_shape)):
+        new.outputs[0].shape, new.outputs[0].type = ir.Shape(list(shape)), source.type
+    for index, new in enumerate(made):
+        new.name = f"{node.name}/{index}"
+        new.outputs[0].name = f"{node.outputs[0].name}/{index}"
+    put_in_place(graph, node, made, back.outputs[0])
