@@ -5,8 +5,8 @@ Input graph:
 Output graph:
     y = Reshape(Gather(Reshape(x, [1, 16320, 128]), places, axis=1), [1, 8, 4, 17, 30, 128])
 
-Leading and trailing axes that stay move along; ``places`` is an int32 table over the axes between, shared by equal
-Transposes.
+Leading and trailing axes that stay move along; ``places`` is an int32 table over the axes between, shared where their
+sizes and order are the same.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class _Move:
         piece = self.piece * element_bytes
         moved = self.leading * self.places * piece
         is_large = moved >= FEWEST_BYTES and piece >= FEWEST_PIECE_BYTES
-        return is_large and 4 * self.places <= MOST_TABLE_BYTES and bool(self.sizes)
+        return is_large and 4 * self.places <= MOST_TABLE_BYTES
 
     def table(self) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
         """The place in the input of every place in the output."""
@@ -72,6 +72,8 @@ class GatherTransposes(ir.passes.InPlacePass):
             shape = static_shape(source)
             if source is None or source.dtype is None or shape is None or out_shape is None:
                 continue
+            if node.outputs[0].is_graph_output():
+                continue  # the last view would be a copy
             move = _Move.of(shape, _permutation(node, len(shape)))
             if not move.gains(int(source.dtype.itemsize)):
                 continue
@@ -99,6 +101,7 @@ def _gather(
     for new, shape in ((view, pieces), (gathered, pieces), (back, out_shape)):
         new.outputs[0].shape, new.outputs[0].type = ir.Shape(list(shape)), source.type
     for index, new in enumerate(made):
-        new.name = f"{node.name}/{index}"
-        new.outputs[0].name = f"{node.outputs[0].name}/{index}"
+        # Merged views before have the plain numbers.
+        new.name = f"{node.name}/gather/{index}"
+        new.outputs[0].name = f"{node.outputs[0].name}/gather/{index}"
     put_in_place(graph, node, made, back.outputs[0])
