@@ -207,6 +207,20 @@ def test_equal_transposes_share_their_places() -> None:
 
 
 @pytest.mark.usefixtures("everything_is_large")
+def test_tensors_of_one_size_are_gathered_in_one_shape() -> None:
+    """Whole rows of 2 x 16 move in one, single heads of 16 in the other: onnxruntime reuses memory of equal shapes."""
+    build = Build(x=(4, 6, 32), y=(4, 6, 2, 16))
+    rows, heads = build.transpose(build.inputs[0], (1, 0, 2)), build.transpose(build.inputs[1], (2, 0, 1, 3))
+    model = build.model(_negated(build, rows), _negated(build, heads))
+    x, y = _random(4, 6, 32), _random(4, 6, 2, 16, seed=1)
+    GatherTransposes()(model)
+    assert [sizes_of(node.outputs[0]) for node in model.graph if node.op_type == "Gather"] == [(1, 48, 16)] * 2
+    ours = _run(model, x=x, y=y)
+    assert np.array_equal(ours[0], -x.transpose(1, 0, 2))
+    assert np.array_equal(ours[1], -y.transpose(2, 0, 1, 3))
+
+
+@pytest.mark.usefixtures("everything_is_large")
 def test_a_gather_behind_merged_views_has_names_of_its_own() -> None:
     """Heads first, then back behind the rows: what is left of both Transposes is one without a view behind it."""
     build = Build(x=(30, 3, 16))
