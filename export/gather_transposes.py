@@ -80,7 +80,7 @@ class GatherTransposes(ir.passes.InPlacePass):
         tables: dict[bytes, ir.Value] = {}
         for node, move in _alike(moves).items():
             places = move.table()
-            key = hashlib.sha256(places).digest()
+            key = hashlib.sha256(places.tobytes()).digest()
             if key not in tables:
                 tables[key] = initializer(model.graph, f"transposed_places_{len(tables)}", ir.tensor(places))
             _gather(model.graph, node, move, tables[key])
