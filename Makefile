@@ -28,7 +28,7 @@ $(STAMP): pyproject.toml constraints.txt $(TENSORRT_VERSIONS)
 demo: $(STAMP) ## The whole line on Wan2.1-T2V-1.3B's configuration: load, rewrite, verify, export, run (about two minutes)
 	$(BIN)/python -m t3compile.demo
 
-bench: $(STAMP) ## The measurements of BENCHMARKS.md, after the tests: windows, full attention and the paper's form (40 minutes)
+bench: $(STAMP) ## The measurements of BENCHMARKS.md, after the tests: windows, full attention and the paper's form (an hour and the tests)
 	$(BIN)/python -m tests.bench_suite
 
 KERNELS := --device cuda --dtype bfloat16 --what attention --against full,paper,regrouped --runtime torch,compile
