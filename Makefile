@@ -52,8 +52,8 @@ models: $(STAMP) ## Run every model of the zoo and write docs/models.md
 check: lint types imports test ## ruff, mypy --strict, the import contracts and the tests
 
 lint: $(STAMP)
-	$(BIN)/ruff check t3compile passes export tests
-	$(BIN)/ruff format --check t3compile passes export tests
+	$(BIN)/ruff check t3compile passes export tests docs
+	$(BIN)/ruff format --check t3compile passes export tests docs
 
 types: $(STAMP)
 	$(BIN)/mypy

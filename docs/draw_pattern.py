@@ -43,7 +43,9 @@ def panel(x: int, title: str, part_of) -> list[str]:
 def draw() -> str:
     width = len(PANELS) * (GRID.w * CELL + GAP)
     height = TOP + GRID.h * CELL + 66
-    shapes = [shape for i, (title, law) in enumerate(PANELS) for shape in panel(LEFT + i * (GRID.w * CELL + GAP), title, law)]
+    shapes = [
+        shape for i, (title, law) in enumerate(PANELS) for shape in panel(LEFT + i * (GRID.w * CELL + GAP), title, law)
+    ]
     captions = (
         f"One frame of {GRID.h} x {GRID.w} tokens, splits {SPLITS}: the framed query sees the tokens in full colour.",
         "The output is the mean of the two branches; weights are those of the full model.",
