@@ -11,12 +11,18 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from t3compile.export.graph_values import int64_constant, int64_values, put_in_place, static_shape
+from t3compile.export.graph_values import (
+    int64_constant,
+    int64_values,
+    name_after,
+    put_in_place,
+    reshape_to,
+    static_shape,
+)
 
 _OP = "RotaryEmbedding"
 
@@ -125,19 +131,12 @@ def _element(value: ir.Value) -> tuple[ir.Value, int] | None:
 def _write(
     graph: ir.Graph, node: ir.Node, rotation: _Rotation, views: dict[tuple[ir.Value, tuple[int, ...]], ir.Value]
 ) -> None:
-    name = node.outputs[0].name
     made: list[ir.Node] = []
-
-    def constant(numbers: Sequence[int]) -> ir.Value:
-        new = int64_constant(numbers)
-        made.append(new)
-        return new.outputs[0]
 
     def reshape(value: ir.Value, shape: tuple[int, ...]) -> ir.Value:
         if static_shape(value) == shape:
             return value
-        made.append(ir.node("Reshape", [value, constant(shape)]))
-        made[-1].outputs[0].shape, made[-1].outputs[0].type = ir.Shape(shape), value.type
+        made.extend(reshape_to(value, shape))
         return made[-1].outputs[0]
 
     depth = rotation.shape[-2]
@@ -149,12 +148,12 @@ def _write(
         tables.append(views[table, flat])
     x = reshape(rotation.x, rotation.rotated)
     heads = rotation.rotated[-1] // (2 * depth) if len(rotation.rotated) == 3 else rotation.rotated[1]
-    fused = ir.node(_OP, [x, constant([0]), *tables], {"interleaved": 1, "num_heads": heads}, domain="com.microsoft")
+    first = int64_constant([0])
+    fused = ir.node(_OP, [x, first.outputs[0], *tables], {"interleaved": 1, "num_heads": heads}, domain="com.microsoft")
     fused.outputs[0].shape, fused.outputs[0].type = x.shape, x.type
-    made.append(fused)
+    made += [first, fused]
     result = reshape(fused.outputs[0], rotation.shape)
-    for index, new in enumerate(made):
-        new.name, new.outputs[0].name = f"{node.name}/{index}", f"{name}/{index}"
+    name_after(node, made)
     put_in_place(graph, node, made, result)
 
 

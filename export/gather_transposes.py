@@ -11,15 +11,23 @@ ones.
 
 from __future__ import annotations
 
-import hashlib
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
-from t3compile.export.graph_values import initializer, int64_constant, put_in_place, sizes_of, static_shape
+from t3compile.export.graph_values import (
+    initializer,
+    name_after,
+    permutation_of,
+    put_in_place,
+    reshape_to,
+    sizes_of,
+    static_shape,
+)
+from t3compile.export.merge_transposes import Atom, joined_atoms
 
 # Below, starting threads costs what they save.
 FEWEST_BYTES = 2**20
@@ -36,14 +44,15 @@ class _Move:
     sizes: tuple[int, ...]
     perm: tuple[int, ...]
     piece: int
+    element_bytes: int
 
     @classmethod
-    def of(cls, shape: tuple[int, ...], perm: tuple[int, ...]) -> _Move:
+    def of(cls, shape: tuple[int, ...], perm: tuple[int, ...], element_bytes: int) -> _Move:
         stays = [axis == source for axis, source in enumerate(perm)]
         first = stays.index(False) if False in stays else len(perm)
         last = len(perm) - stays[::-1].index(False) if False in stays else len(perm)
         between = tuple(axis - first for axis in perm[first:last])
-        return cls(math.prod(shape[:first]), shape[first:last], between, math.prod(shape[last:]))
+        return cls(math.prod(shape[:first]), shape[first:last], between, math.prod(shape[last:]), element_bytes)
 
     @property
     def places(self) -> int:
@@ -53,21 +62,32 @@ class _Move:
     def elements(self) -> int:
         return self.leading * self.places * self.piece
 
-    def gains(self, element_bytes: int) -> bool:
-        piece = self.piece * element_bytes
-        is_large = self.elements * element_bytes >= FEWEST_BYTES and piece >= FEWEST_PIECE_BYTES
-        return is_large and 4 * self.places <= MOST_TABLE_BYTES
+    @property
+    def gains(self) -> bool:
+        is_large = self.elements * self.element_bytes >= FEWEST_BYTES
+        moves_pieces = self.piece * self.element_bytes >= FEWEST_PIECE_BYTES
+        return is_large and moves_pieces and 4 * self.places <= MOST_TABLE_BYTES
 
     def in_pieces(self, leading: int, piece: int) -> _Move:
         """The same move, of smaller pieces and with fewer leading places."""
         inner, outer = self.piece // piece, self.leading // leading
         sizes = (outer, *self.sizes, inner)
         perm = (0, *(axis + 1 for axis in self.perm), len(self.perm) + 1)
-        return _Move(leading, sizes, perm, piece)
+        return _Move(leading, sizes, perm, piece, self.element_bytes)
 
-    def table(self) -> np.ndarray[tuple[int], np.dtype[np.int32]]:
-        """The place in the input of every place in the output."""
-        return np.arange(self.places, dtype=np.int32).reshape(self.sizes).transpose(self.perm).reshape(-1)
+    @property
+    def order(self) -> tuple[Atom, ...]:
+        """The places of the input in the order of the output: equal for equal moves, however their axes are cut."""
+        atoms = [Atom(math.prod(self.sizes[axis + 1 :]), self.sizes[axis]) for axis in self.perm]
+        return tuple(joined_atoms([atom for atom in atoms if atom.size > 1]))
+
+
+def _table(order: Sequence[Atom]) -> np.ndarray[tuple[int, ...], np.dtype[np.int32]]:
+    """The place in the input of every place in the output."""
+    places = np.zeros(1, dtype=np.int32)
+    for atom in order:
+        places = np.add.outer(places, np.arange(atom.size, dtype=np.int32) * np.int32(atom.stride)).reshape(-1)
+    return places
 
 
 @dataclass(frozen=True)
@@ -77,13 +97,12 @@ class GatherTransposes(ir.passes.InPlacePass):
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Rewrite the main graph."""
         moves = {node: move for node in model.graph if (move := _move(node)) is not None}
-        tables: dict[bytes, ir.Value] = {}
+        tables: dict[tuple[Atom, ...], ir.Value] = {}
         for node, move in _alike(moves).items():
-            places = move.table()
-            key = hashlib.sha256(places.tobytes()).digest()
-            if key not in tables:
-                tables[key] = initializer(model.graph, f"transposed_places_{len(tables)}", ir.tensor(places))
-            _gather(model.graph, node, move, tables[key])
+            order = move.order
+            if order not in tables:
+                tables[order] = initializer(model.graph, f"transposed_places_{len(tables)}", ir.tensor(_table(order)))
+            _gather(model.graph, node, move, tables[order])
         return ir.passes.PassResult(model, bool(moves))
 
 
@@ -96,8 +115,8 @@ def _move(node: ir.Node) -> _Move | None:
     shape = static_shape(source)
     if source is None or source.dtype is None or shape is None or static_shape(node.outputs[0]) is None:
         return None
-    move = _Move.of(shape, _permutation(node, len(shape)))
-    return move if move.gains(int(source.dtype.itemsize)) else None
+    move = _Move.of(shape, permutation_of(node, len(shape)), int(source.dtype.itemsize))
+    return move if move.gains else None
 
 
 def _alike(moves: Mapping[ir.Node, _Move]) -> dict[ir.Node, _Move]:
@@ -106,32 +125,18 @@ def _alike(moves: Mapping[ir.Node, _Move]) -> dict[ir.Node, _Move]:
     for move in moves.values():
         leading, piece = shapes.get(move.elements, (move.leading, move.piece))
         shapes[move.elements] = (math.gcd(leading, move.leading), math.gcd(piece, move.piece))
-    alike = {}
-    for node, move in moves.items():
-        cut = move.in_pieces(*shapes[move.elements])
-        source = node.inputs[0]
-        assert source is not None and source.dtype is not None
-        alike[node] = cut if cut.gains(int(source.dtype.itemsize)) else move
-    return alike
-
-
-def _permutation(node: ir.Node, axes: int) -> tuple[int, ...]:
-    return tuple(node.attributes["perm"].as_ints()) if "perm" in node.attributes else tuple(range(axes))[::-1]
+    cut = {node: move.in_pieces(*shapes[move.elements]) for node, move in moves.items()}
+    return {node: cut[node] if cut[node].gains else move for node, move in moves.items()}
 
 
 def _gather(graph: ir.Graph, node: ir.Node, move: _Move, table: ir.Value) -> None:
     source, out_shape = node.inputs[0], sizes_of(node.outputs[0])
     assert source is not None
     pieces = (move.leading, move.places, move.piece)
-    before, after = int64_constant(pieces), int64_constant(out_shape)
-    view = ir.node("Reshape", [source, before.outputs[0]])
-    gathered = ir.node("Gather", [view.outputs[0], table], {"axis": 1})
-    back = ir.node("Reshape", [gathered.outputs[0], after.outputs[0]])
-    made = [before, view, gathered, after, back]
-    for new, shape in ((view, pieces), (gathered, pieces), (back, out_shape)):
-        new.outputs[0].shape, new.outputs[0].type = ir.Shape(list(shape)), source.type
-    for index, new in enumerate(made):
-        # Merged views before have the plain numbers.
-        new.name = f"{node.name}/gather/{index}"
-        new.outputs[0].name = f"{node.outputs[0].name}/gather/{index}"
-    put_in_place(graph, node, made, back.outputs[0])
+    before = reshape_to(source, pieces)
+    gathered = ir.node("Gather", [before[-1].outputs[0], table], {"axis": 1})
+    gathered.outputs[0].shape, gathered.outputs[0].type = ir.Shape(list(pieces)), source.type
+    after = reshape_to(gathered.outputs[0], out_shape)
+    made = [*before, gathered, *after]
+    name_after(node, made, "/gather")  # merged views before have the plain numbers
+    put_in_place(graph, node, made, after[-1].outputs[0])

@@ -36,6 +36,26 @@ def int64_constant(numbers: Sequence[int]) -> ir.Node:
     return node
 
 
+def permutation_of(transpose: ir.Node, axes: int) -> tuple[int, ...]:
+    """The order of a Transpose of so many axes; without one it reverses them."""
+    order = transpose.attributes.get("perm")
+    return tuple(range(axes))[::-1] if order is None else tuple(order.as_ints())
+
+
+def reshape_to(value: ir.Value, sizes: Sequence[int]) -> tuple[ir.Node, ir.Node]:
+    """A Constant and the Reshape that reads it, its output's shape and type known."""
+    constant = int64_constant(sizes)
+    view = ir.node("Reshape", [value, constant.outputs[0]])
+    view.outputs[0].shape, view.outputs[0].type = ir.Shape(list(sizes)), value.type
+    return constant, view
+
+
+def name_after(old: ir.Node, made: Sequence[ir.Node], part: str = "") -> None:
+    """Number nodes of one output and their values behind the names of the node that they replace."""
+    for index, new in enumerate(made):
+        new.name, new.outputs[0].name = (f"{name}{part}/{index}" for name in (old.name, old.outputs[0].name))
+
+
 def initializer(graph: ir.Graph, name: str, tensor: ir.TensorProtocol) -> ir.Value:
     """A new initializer of the graph, its value's shape and type known."""
     value = ir.Value(

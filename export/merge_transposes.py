@@ -16,7 +16,14 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from t3compile.export.graph_values import int64_constant, int64_values, put_in_place, static_shape
+from t3compile.export.graph_values import (
+    int64_values,
+    name_after,
+    permutation_of,
+    put_in_place,
+    reshape_to,
+    static_shape,
+)
 
 # TensorRT's limit.
 MAX_AXES = 8
@@ -38,7 +45,7 @@ class MergeTransposes(ir.passes.InPlacePass):
 
 
 @dataclass(frozen=True)
-class _Atom:
+class Atom:
     """A factor of the source's elements: ``size`` steps of ``stride`` elements."""
 
     stride: int
@@ -67,7 +74,7 @@ def _merge(graph: ir.Graph, node: ir.Node) -> bool:
         axes = None if shape is None else _follow(chain, shape)
         if source is None or shape is None or axes is None:
             continue
-        flat = _joined([atom for axis in axes for atom in axis])
+        flat = joined_atoms([atom for axis in axes for atom in axis])
         order = sorted(flat, key=lambda atom: -atom.stride)
         out_shape = tuple(math.prod(atom.size for atom in axis) for axis in axes)
         if flat == order:
@@ -92,16 +99,15 @@ def _chains(node: ir.Node) -> list[list[ir.Node]]:
     return [chain[start:] for start in range(len(chain))]
 
 
-def _follow(chain: Sequence[ir.Node], shape: tuple[int, ...]) -> list[list[_Atom]] | None:
+def _follow(chain: Sequence[ir.Node], shape: tuple[int, ...]) -> list[list[Atom]] | None:
     """The factors of each axis at the end of the chain, unit ones left out; None where a view cuts no factor evenly."""
     strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    axes = [[_Atom(stride, size)] if size > 1 else [] for stride, size in zip(strides, shape, strict=True)]
+    axes = [[Atom(stride, size)] if size > 1 else [] for stride, size in zip(strides, shape, strict=True)]
     if 0 in shape:
         return None
     for node in chain:
         if node.op_type == "Transpose":
-            perm = node.attributes["perm"].as_ints() if "perm" in node.attributes else range(len(axes))[::-1]
-            axes = [axes[axis] for axis in perm]
+            axes = [axes[axis] for axis in permutation_of(node, len(axes))]
             continue
         target = static_shape(node.outputs[0]) or _view_shape(node, axes)
         regrouped = None if target is None else _regroup([atom for axis in axes for atom in axis], target)
@@ -111,7 +117,7 @@ def _follow(chain: Sequence[ir.Node], shape: tuple[int, ...]) -> list[list[_Atom
     return axes
 
 
-def _view_shape(node: ir.Node, axes: Sequence[Sequence[_Atom]]) -> tuple[int, ...] | None:
+def _view_shape(node: ir.Node, axes: Sequence[Sequence[Atom]]) -> tuple[int, ...] | None:
     """The shape that a Reshape of known sizes gives, where the value carries none."""
     given = node.inputs[1] if node.op_type == "Reshape" and len(node.inputs) > 1 else None
     sizes = int64_values(given)
@@ -124,19 +130,19 @@ def _view_shape(node: ir.Node, axes: Sequence[Sequence[_Atom]]) -> tuple[int, ..
     return tuple(total // known if size == -1 else size for size in sizes)
 
 
-def _regroup(atoms: list[_Atom], shape: tuple[int, ...]) -> list[list[_Atom]] | None:
+def _regroup(atoms: list[Atom], shape: tuple[int, ...]) -> list[list[Atom]] | None:
     """Deal the factors to axes of these sizes, splitting them where needed."""
-    waiting = _joined(atoms)[::-1]
-    axes: list[list[_Atom]] = []
+    waiting = joined_atoms(atoms)[::-1]
+    axes: list[list[Atom]] = []
     for size in shape:
-        axis: list[_Atom] = []
+        axis: list[Atom] = []
         while size > 1:
             if not waiting:
                 return None
             atom = waiting.pop()
             if atom.size > size and atom.size % size == 0:
-                waiting.append(_Atom(atom.stride, atom.size // size))
-                atom = _Atom(atom.stride * (atom.size // size), size)
+                waiting.append(Atom(atom.stride, atom.size // size))
+                atom = Atom(atom.stride * (atom.size // size), size)
             if size % atom.size:
                 return None
             size //= atom.size
@@ -145,12 +151,12 @@ def _regroup(atoms: list[_Atom], shape: tuple[int, ...]) -> list[list[_Atom]] | 
     return None if waiting else axes
 
 
-def _joined(atoms: Sequence[_Atom]) -> list[_Atom]:
+def joined_atoms(atoms: Sequence[Atom]) -> list[Atom]:
     """Neighbours that lie behind one another in the source become one."""
-    joined: list[_Atom] = []
+    joined: list[Atom] = []
     for atom in atoms:
         if joined and joined[-1].stride == atom.stride * atom.size:
-            joined[-1] = _Atom(atom.stride, joined[-1].size * atom.size)
+            joined[-1] = Atom(atom.stride, joined[-1].size * atom.size)
         else:
             joined.append(atom)
     return joined
@@ -160,8 +166,8 @@ def _write(
     graph: ir.Graph,
     node: ir.Node,
     source: ir.Value,
-    flat: list[_Atom],
-    order: list[_Atom],
+    flat: list[Atom],
+    order: list[Atom],
     out_shape: Sequence[int],
 ) -> None:
     """Reshape, Transpose and Reshape in the node's place, each only where it does something."""
@@ -171,23 +177,17 @@ def _write(
     def view(to: Sequence[int]) -> None:
         nonlocal value
         if list(to) != list(static_shape(value) or ()):
-            constant = int64_constant(to)
-            append(ir.node("Reshape", [value, constant.outputs[0]]), to, constant)
-
-    def append(new: ir.Node, to: Sequence[int], *before: ir.Node) -> None:
-        nonlocal value
-        made.extend([*before, new])
-        value = new.outputs[0]
-        value.shape, value.type = ir.Shape(list(to)), source.type
+            made.extend(reshape_to(value, to))
+            value = made[-1].outputs[0]
 
     if flat != order:
         view([atom.size for atom in order])
         perm = [order.index(atom) for atom in flat]
-        append(ir.node("Transpose", [value], {"perm": perm}), [atom.size for atom in flat])
+        made.append(ir.node("Transpose", [value], {"perm": perm}))
+        value = made[-1].outputs[0]
+        value.shape, value.type = ir.Shape([atom.size for atom in flat]), source.type
     view(out_shape)
-    for index, new in enumerate(made):
-        new.name = f"{node.name}/{index}"
-        new.outputs[0].name = f"{node.outputs[0].name}/{index}"
+    name_after(node, made)
     put_in_place(graph, node, made, value)
 
 

@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import onnx_ir as ir
 
 from t3compile.export.attention_forms import is_attention, is_plain
-from t3compile.export.graph_values import int64_constant, int64_values, sizes_of
+from t3compile.export.graph_values import int64_values, reshape_to, sizes_of
 
 
 @dataclass(frozen=True)
@@ -88,10 +88,7 @@ def _split(
         made: list[ir.Node] = []
         values: list[ir.Value | None] = []
         for name, given, stacked in zip("qkv", node.inputs[:3], parts, strict=True):
-            sizes = (1, *sizes_of(given)[1:])
-            shape = int64_constant(sizes)
-            view = ir.node("Reshape", [stacked[index], shape.outputs[0]])
-            view.outputs[0].shape, view.outputs[0].type = ir.Shape(sizes), stacked[index].type
+            shape, view = reshape_to(stacked[index], (1, *sizes_of(given)[1:]))
             made += [shape, view]
             values.append(view.outputs[0])
             for new, what in ((shape, "shape"), (view, "part")):

@@ -20,6 +20,7 @@ from onnx_ir.tensor_adapters import TorchTensor, to_torch_dtype
 from torch import Tensor
 
 from t3compile.errors import WeightsError
+from t3compile.export.graph_values import permutation_of
 from t3compile.files import scratch_folder
 from t3compile.mapped_files import Extent, MappedFile, byte_chunks, byte_view
 from t3compile.program import Program
@@ -162,9 +163,7 @@ def fold_transposes(model: ir.Model, shared: Collection[str] = ()) -> None:
         is_alone = len(value.uses()) == 1 and not value.is_graph_output() and not node.outputs[0].is_graph_output()
         if not is_alone or value.name not in graph.initializers or lazy.weight in shared:
             continue
-        axes = node.attributes.get("perm")
-        permutation = tuple(axes.as_ints()) if axes is not None else tuple(reversed(range(len(lazy.shape))))
-        folded = lazy.transposed(permutation)
+        folded = lazy.transposed(permutation_of(node, len(lazy.shape)))
         folded.name = f"{lazy.weight}.transposed"
         if folded.name in graph.initializers:
             continue
