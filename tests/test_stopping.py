@@ -126,6 +126,26 @@ def test_nothing_is_left(
         check_stopped(process, number, place)
 
 
+@pytest.mark.parametrize(("ignored", "ends_with"), [(False, -signal.SIGINT), (True, 0)])
+def test_a_signal_while_the_script_imports_leaves_no_traceback(ignored: bool, ends_with: int) -> None:
+    code = f"""
+import signal, sys
+class Interrupting:
+    def find_spec(self, name, path=None, target=None):
+        if name == "t3compile.cli":
+            signal.raise_signal(signal.SIGINT)
+sys.meta_path.insert(0, Interrupting())
+if {ignored}:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+from t3compile.entry import main
+main()
+"""
+    command = [sys.executable, "-c", code, "--version"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False, timeout=60)
+    assert (done.returncode, done.stderr) == (ends_with, "")
+    assert bool(done.stdout) is ignored
+
+
 def test_a_file_that_was_written_stays_when_its_comparison_is_stopped(place: Place) -> None:
     with started(place, "export", *place.source, "--check", "-o", place.out / "x.onnx") as process:
         wait_for(process, "... comparing onnxruntime with torch")
