@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.export import ExportedProgram
 
 from t3compile.errors import ExportError, T3CompileError, first_line
+from t3compile.program import traced_lightly
 
 OPSET = 23
 # What onnxscript would not store anyway: it computes larger constants first and drops them then.
@@ -35,7 +36,7 @@ def export_graph(exported: ExportedProgram, make_lazy: MakeLazy = _no_lazy) -> i
 
     Weights that are fake tensors become what ``make_lazy`` gives. Their transposes are left to the caller.
     """
-    with _quiet():
+    with _quiet(), traced_lightly():
         try:
             # Its own optimization would need the values of weights, and fills large constants to drop them.
             program = torch.onnx.export(exported, dynamo=True, opset_version=OPSET, optimize=False, verbose=False)
