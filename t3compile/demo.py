@@ -59,7 +59,7 @@ def _command(*arguments: str | Path) -> Any:
     say(f"\n$ t3compile {' '.join(texts)}")
     as_json = "--json" in texts
     done = subprocess.run(
-        [sys.executable, "-m", "t3compile.cli", *texts], stdout=subprocess.PIPE if as_json else None, check=False
+        [sys.executable, "-m", "t3compile", *texts], stdout=subprocess.PIPE if as_json else None, check=False
     )
     if done.returncode != 0:
         say(f"the command failed with exit code {done.returncode}")

@@ -131,7 +131,7 @@ class Run:
 
 def run_command(name: str, *arguments: str | Path, writes: Path | None = None) -> Run:
     """Run one t3compile command; RuntimeError with its messages when it fails."""
-    command = [sys.executable, "-m", "t3compile.cli", *map(str, arguments)]
+    command = [sys.executable, "-m", "t3compile", *map(str, arguments)]
     start = time.perf_counter()
     with tempfile.TemporaryFile() as messages:
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=messages)

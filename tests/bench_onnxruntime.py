@@ -286,7 +286,7 @@ def attention(head_dims: list[int], tokens: list[int], rounds: int) -> None:
 def profile_command(files: tuple[Path, ...], calls: int) -> None:
     """Time exported files by operator."""
     profiles = {str(path): profile(path, calls) for path in files}
-    click.echo(f"{_machine()}; median of {calls}\n\n{profile_table(profiles)}")
+    click.echo(f"{_machine()}; operators: mean of {calls} calls, one call: median\n\n{profile_table(profiles)}")
 
 
 @main.command(name="memory")

@@ -86,7 +86,7 @@ def main(folder: Path) -> None:
             written = ("-o", f"{output}.json", "--plot", f"{output}.png", "--markdown")
             command = ("bench", *arguments, "--runtime", RUNTIMES, *written)
             click.echo(f"$ t3compile {' '.join(command)}", err=True)
-            done = subprocess.run((sys.executable, "-m", "t3compile.cli", *command), check=False)
+            done = subprocess.run((sys.executable, "-m", "t3compile", *command), check=False)
             failed |= done.returncode != 0
     sys.exit(int(failed))
 

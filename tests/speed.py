@@ -2,9 +2,9 @@
 
 They are the processor's, of one thread: what else the machine does hardly changes them. Garbage is collected as rarely
 as by the commands; Python's own setting looks at all that lives again and again, which makes saving 1.5 times as long.
-No step but export may take longer than tracing the same model, and all grow with the number of blocks. The narrow
-model has Wan's blocks with so few channels and tokens that arithmetic takes no time; the others are published
-configurations without weights, for the steps that need none.
+No step but export, and loading, which traces, may take longer than tracing the same model, and all grow with the
+number of blocks. The narrow model has Wan's blocks with so few channels and tokens that arithmetic takes no time; the
+others are published configurations without weights, for the steps that need none.
 """
 
 from __future__ import annotations

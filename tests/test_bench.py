@@ -382,7 +382,7 @@ def test_a_model_without_sites_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_stopped_command_leaves_no_file_and_no_process(tmp_path: Path) -> None:
-    command = [sys.executable, "-m", "t3compile.cli", "bench", "t3-wan2.1-4k", "--sizes", "5x64x64", "--heads", "1"]
+    command = [sys.executable, "-m", "t3compile", "bench", "t3-wan2.1-4k", "--sizes", "5x64x64", "--heads", "1"]
     command += ["--what", "attention", "--against", "paper", "--runtime", "torch", "--repeats", "1000000"]
     variables = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(tmp_path)}
     process = subprocess.Popen(command, stderr=subprocess.PIPE, stdout=subprocess.DEVNULL, env=variables, text=True)

@@ -65,7 +65,7 @@ class Machine:
         (self.folder / "sitecustomize.py").write_text(_HIDE.format(names=set(names)))
 
     def run(self, *arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "t3compile.cli", "doctor", *arguments]
+        command = [sys.executable, "-m", "t3compile", "doctor", *arguments]
         return subprocess.run(
             command, cwd=self.folder, env=self.environment, capture_output=True, text=True, check=False
         )

@@ -398,7 +398,7 @@ def test_a_write_that_fails_leaves_nothing(plan: Path, tmp_path: Path, monkeypat
 
 def test_a_stopped_build_leaves_nothing(tmp_path: Path) -> None:
     process = subprocess.Popen(
-        [sys.executable, "-m", "t3compile.cli", "kernels", "build", "t3-wan2.1-4k", "-o", str(tmp_path / "out")],
+        [sys.executable, "-m", "t3compile", "kernels", "build", "t3-wan2.1-4k", "-o", str(tmp_path / "out")],
         cwd=ROOT,
         stderr=subprocess.PIPE,
         stdout=subprocess.PIPE,

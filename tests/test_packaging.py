@@ -120,7 +120,7 @@ def test_the_wheel_imports_without_the_source_tree(wheel: Path, tmp_path: Path) 
         metadata = archive.read(f"t3compile-{t3compile.__version__}.dist-info/METADATA").decode()
         entries = archive.read(f"t3compile-{t3compile.__version__}.dist-info/entry_points.txt").decode()
     assert f"\nVersion: {t3compile.__version__}\n" in metadata
-    assert "t3compile = t3compile.entry:main" in entries
+    assert "t3compile = t3compile.__main__:main" in entries
     code = "import t3compile.passes.layout as p, t3compile.export.window_function as e; print(p.__file__, e.__file__)"
     done = subprocess.run(
         [sys.executable, "-c", code],

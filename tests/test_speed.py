@@ -176,7 +176,7 @@ def test_measurements_add_up_in_their_file(tmp_path: Path) -> None:
     assert rows[0].seconds == {"load": 9.0, "trace": 1.0, "detect": 0.2}
 
 
-@pytest.mark.parametrize("model", list(speed.MODELS))
+@pytest.mark.parametrize("model", ["narrow Wan", "FLUX.1-dev"])
 def test_steps_of_every_model_can_be_measured(model: str) -> None:
     row = speed.measure(model, 1, ["detect", "plan"])
     assert list(row.seconds) == ["load", "detect", "plan"]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 import torch
 from torch import Tensor, fx, nn
@@ -19,6 +20,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx._lazy_graph_module import _get_graph_module_cls
 
 import t3compile
+import t3compile.export.torch_onnx as torch_onnx_module
 import t3compile.program as program_module
 import t3compile.tracing.export_nonstrict as export_nonstrict_module
 from t3compile.errors import InputsError, TraceError
@@ -254,15 +256,21 @@ def targets(program: Program) -> list[str]:
     return [str(node.target) for node in program.graph.nodes if node.op == "call_function"]
 
 
-def test_fewer_graphs_on_the_way_are_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled: list[int] = []
+@pytest.fixture
+def compiled(monkeypatch: pytest.MonkeyPatch) -> list[fx.Graph]:
+    """The graphs that Python code is made of."""
+    graphs: list[fx.Graph] = []
     python_code = fx.Graph.python_code
 
     def counting(graph: fx.Graph, *args: Any, **kwargs: Any) -> Any:
-        compiled.append(1)
+        graphs.append(graph)
         return python_code(graph, *args, **kwargs)
 
     monkeypatch.setattr(fx.Graph, "python_code", counting)
+    return graphs
+
+
+def test_fewer_graphs_on_the_way_are_compiled(monkeypatch: pytest.MonkeyPatch, compiled: list[fx.Graph]) -> None:
     program = t3compile.trace(WritesBuffer(), (X,))
     lightly = len(compiled)
 
@@ -275,6 +283,19 @@ def test_fewer_graphs_on_the_way_are_compiled(monkeypatch: pytest.MonkeyPatch) -
     if hasattr(fx.config, "do_not_emit_stack_traces"):
         assert not any("stack_trace" in node.meta for node in program.graph.nodes)
     assert graph_fingerprint(plain.graph) == graph_fingerprint(program.graph)
+
+
+def test_export_compiles_fewer_graphs_too(monkeypatch: pytest.MonkeyPatch, compiled: list[fx.Graph]) -> None:
+    program = t3compile.trace(nn.Linear(4, 4), (X,))
+    compiled.clear()
+    model = torch_onnx_module.export_graph(program.with_weights())
+    lightly = len(compiled)
+
+    compiled.clear()
+    monkeypatch.setattr(torch_onnx_module, "traced_lightly", contextlib.nullcontext)
+    plain = torch_onnx_module.export_graph(program.with_weights())
+    assert lightly < 0.7 * len(compiled)
+    assert ir.to_proto(model).SerializeToString() == ir.to_proto(plain).SerializeToString()
 
 
 def test_tracing_lightly_leaves_torch_as_it_was() -> None:

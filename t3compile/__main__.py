@@ -12,3 +12,7 @@ def main() -> None:
     from t3compile.cli import main as run
 
     run()
+
+
+if __name__ == "__main__":
+    main()
