@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 from t3compile.archive import is_plain, without_values, write_archive
 from t3compile.errors import OutputError, TraceError, WeightsError, first_line
 from t3compile.files import check_space, check_writable, staged_outputs
+from t3compile.functionalize import functionalize_by_kind
 from t3compile.mapped_files import Extent
 from t3compile.plan import Plan
 from t3compile.progress import SILENT, Progress
@@ -182,6 +183,7 @@ def copy_exported(
     state_dict: Mapping[str, Tensor] | None = None,
     signature: ExportGraphSignature | None = None,
     constants: Mapping[str, Any] | None = None,
+    verifiers: Sequence[Any] | None = None,
 ) -> ExportedProgram:
     """An ExportedProgram with some parts replaced; the given one is untouched and shares its tensors."""
     root = exported.graph_module if graph_module is None else graph_module
@@ -198,7 +200,7 @@ def copy_exported(
         module_call_graph=call_graph,
         example_inputs=exported.example_inputs,
         constants=dict(exported.constants if constants is None else constants),
-        verifiers=exported.verifiers,
+        verifiers=list(exported.verifiers if verifiers is None else verifiers),
     )
 
 
@@ -304,6 +306,9 @@ def is_fake(tensor: Tensor) -> bool:
 def functionalized(exported: ExportedProgram) -> ExportedProgram:
     """The form every Program has: no in-place calls, no metadata assertions, composite calls kept whole."""
     with quiet_torch(), traced_lightly(), torch.no_grad():
+        by_kind = functionalize_by_kind(exported)
+        if by_kind is not None:
+            return copy_exported(exported, graph_module=by_kind[0], verifiers=by_kind[1])
         functional: ExportedProgram = exported.run_decompositions({})
     _drop_metadata_assertions(functional.graph_module)
     return functional
