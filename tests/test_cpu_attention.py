@@ -184,6 +184,45 @@ def test_chunks_change_no_bit(chunk_bytes: int, splits: Triple, monkeypatch: pyt
         assert seen.calls[FLASH] == 2 * 2 * 4 * args.pattern.splits.windows  # branches, batch, heads, windows
 
 
+_counts = st.integers(1, 12)
+
+
+@settings(deadline=None)
+@given(st.tuples(_counts, _counts, _counts), _counts, st.integers(1, 200), st.sampled_from([1, 2, 3, 4, 16]))
+def test_chunks_hold_every_window_once_and_what_fits(parts: Triple, heads: int, fit: int, threads: int) -> None:
+    seen = torch.zeros(*parts, heads)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "get_num_threads", lambda: threads)
+        patch.setattr(cpu_attention, "CHUNK_BYTES_PER_THREAD", 1000 * fit)
+        for chunk in cpu_attention._chunks(parts, heads, 1000 * threads):
+            windows = chunk.of(seen)
+            windows += 1
+            assert windows.numel() <= fit
+    assert torch.all(seen == 1)
+
+
+@pytest.mark.parametrize(
+    ("parts", "heads", "fit", "of_each"),
+    [
+        ((1, 8, 40), 1, 3, {2}),
+        ((1, 8, 40), 1, 5, {4}),
+        ((1, 2, 3), 12, 3, {2}),
+        ((1, 2, 3), 12, 5, {4}),
+        ((1, 2, 3), 12, 40, {36}),
+        ((1, 1, 3), 5, 3, {2, 1}),
+        ((7, 1, 1), 12, 1, {1}),
+    ],
+)
+def test_threads_get_equal_shares_of_a_chunk(
+    parts: Triple, heads: int, fit: int, of_each: set[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Three windows on two threads keep one of them waiting for a quarter of the time."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(cpu_attention, "CHUNK_BYTES_PER_THREAD", 500 * fit)
+    seen = torch.zeros(*parts, heads)
+    assert {chunk.of(seen).numel() for chunk in cpu_attention._chunks(parts, heads, 1000)} == of_each
+
+
 @given(cases(), st.sampled_from([None, *sorted(MASKS)]), st.sampled_from([1, 2]), st.sampled_from([1, 600, 1 << 22]))
 @settings(max_examples=150, deadline=None)
 def test_both_equal_dense_attention(

@@ -13,6 +13,7 @@ In-place code on plain tensors, below autograd and never traced; lowered_attenti
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -27,7 +28,7 @@ from t3compile.ops.window_views import WindowSteps, as_attention_input
 from t3compile.pattern import Branch
 
 # q, k, v and the output of a chunk: with more they fall out of the caches, with less the calls themselves cost.
-CHUNK_BYTES_PER_THREAD = 4 << 20
+CHUNK_BYTES_PER_THREAD = 6 << 20
 
 
 def cpu_window_attention(
@@ -89,25 +90,32 @@ class _Chunk:
         return windows[self.t, self.h, self.w, slice(self.heads.start * group, self.heads.stop * group)]
 
 
-def _slices(length: int, at_most: int) -> list[slice]:
-    """As few slices as there must be, as equal as can be, a largest one first."""
-    count = -(-length // at_most)
-    bounds = [-(-length * i // count) for i in range(count + 1)]
-    return [slice(a, b) for a, b in itertools.pairwise(bounds)]
+def _slices(length: int, at_most: int, held: int, threads: int) -> tuple[list[slice], int]:
+    """As few slices as there must be, as equal as can be, a largest one first; and the length of that.
+
+    Each of ``length`` has ``held`` windows and heads. Threads get equal shares of a slice, where each can have one.
+    """
+    step = threads // math.gcd(held, threads)
+    if at_most >= length or at_most < step:
+        step = 1
+    steps = -(-length // step)
+    count = -(-steps // (at_most // step))
+    bounds = [min(length, -(-steps * i // count) * step) for i in range(count + 1)]
+    return [slice(a, b) for a, b in itertools.pairwise(bounds)], bounds[1]
 
 
 def _chunks(parts: tuple[int, ...], key_heads: int, bytes_per_head: int) -> Iterator[_Chunk]:
     """All heads of one window, if they fit; then as many windows as fit, neighbours along w first."""
-    budget = CHUNK_BYTES_PER_THREAD * torch.get_num_threads()
-    heads = min(key_heads, max(1, budget // bytes_per_head))
-    windows = max(1, budget // (bytes_per_head * heads))
-    p_t, p_h, p_w = parts
-    along_h, along_t = (max(1, windows // row) for row in (p_w, p_w * p_h))
-    for t in _slices(p_t, along_t):
-        for h in _slices(p_h, along_h):
-            for w in _slices(p_w, windows):
-                for head in _slices(key_heads, heads):
-                    yield _Chunk(t, h, w, head)
+    threads = torch.get_num_threads()
+    fit = max(1, CHUNK_BYTES_PER_THREAD * threads // bytes_per_head)
+    slices: list[list[slice]] = []
+    held = 1
+    for length in (key_heads, *reversed(parts)):
+        of_axis, longest = _slices(length, max(1, fit // held), held, threads)
+        slices.append(of_axis)
+        held *= longest
+    for t, h, w, heads in itertools.product(*reversed(slices)):
+        yield _Chunk(t, h, w, heads)
 
 
 class _Scratch:
