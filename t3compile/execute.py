@@ -73,12 +73,14 @@ class _Executor(fx.Interpreter):
             return spec.arg.value
         return self._inputs[spec.arg.name]
 
-    def fetch_args_kwargs_from_env(self, n: fx.Node) -> Any:
-        fetched = super().fetch_args_kwargs_from_env(n)
-        return pytree.tree_map_only(_Deferred, self._load, fetched)
+    def map_nodes_to_values(self, args: Any, n: fx.Node) -> Any:
+        return fx.map_arg(args, self._read)
 
-    def _load(self, deferred: _Deferred) -> Any:
-        return self._wide(self._program.weights.load(deferred.name).detach())
+    def _read(self, node: fx.Node) -> Any:
+        value = self.env[node]
+        if isinstance(value, _Deferred):
+            return self._wide(self._program.weights.load(value.name).detach())
+        return value
 
     def run_node(self, n: fx.Node) -> Any:
         if self._needed is not None and n not in self._needed:
