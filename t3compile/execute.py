@@ -77,6 +77,7 @@ class _Executor(fx.Interpreter):
         return fx.map_arg(args, self._read)
 
     def _read(self, node: fx.Node) -> Any:
+        # Not in a second look through the arguments: for small calls that takes as long as the call.
         value = self.env[node]
         if isinstance(value, _Deferred):
             return self._wide(self._program.weights.load(value.name).detach())

@@ -6,7 +6,6 @@ it makes of them is put in place of all.
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
@@ -70,11 +69,12 @@ class _Use:
 
 
 def functionalize_by_kind(exported: ExportedProgram) -> tuple[fx.GraphModule, list[Any]] | None:
-    """The graph that ``exported.run_decompositions({})`` gives, without metadata assertions, and its verifiers.
+    """The outputs of ``exported.run_decompositions({})`` by the same calls, and the verifiers of that program.
 
-    Views of a written tensor that torch takes again for every reader are taken once. None where only the whole will
-    do: inputs, buffers or constants are written, memory is read around a tensor, a call holds a graph of its own or
-    gives nothing, a module's signature is kept, a shape is symbolic, or a tensor is not a plain strided one.
+    Metadata assertions go, and views of a written tensor that torch takes again for every reader are taken once. None
+    where it takes the whole graph, for instance because inputs, buffers or constants are written, a call holds a graph
+    of its own or computes with numbers, a module's signature is kept, a shape is symbolic, or a tensor is not a plain
+    strided one.
     """
     try:
         _require_one_signature(exported)
@@ -193,8 +193,11 @@ def _run_with_memory(graph: fx.Graph) -> dict[fx.Node, object]:
     """Every node's fake value, where those that the graph carries do not share memory as they should."""
     given = [node.meta.get("val") for node in graph.nodes if node.op == "placeholder"]
     mode = detect_fake_mode(given)
-    run = fx.Interpreter(fx.GraphModule({}, graph), garbage_collect_values=False, graph=graph)
-    with mode or contextlib.nullcontext():
+    if mode is None:
+        raise _NotByKindError("no input is a fake tensor")
+    assert graph.owning_module is not None
+    run = fx.Interpreter(graph.owning_module, garbage_collect_values=False)
+    with mode:
         run.run(*(_like(x, mode) if isinstance(x, Tensor) else x for x in given), enable_io_processing=False)
     return dict(run.env)
 
@@ -225,7 +228,7 @@ def _unit(calls: Sequence[fx.Node]) -> _Unit | None:
 def _form_of(value: object) -> tuple[object, ...]:
     """What tells a plain tensor from another in the graph that torch makes of a call."""
     if type(value) is not FakeTensor or value.layout != torch.strided or value.is_conj() or value.is_neg():
-        raise _NotByKindError("an input of a call is no plain tensor")
+        raise _NotByKindError("what a call reads or gives is no plain tensor")
     return value.dtype, value.device, tuple(value.shape), value.stride()
 
 
@@ -233,6 +236,8 @@ def _side_by_side(units: Sequence[_Unit], exported: ExportedProgram) -> tuple[Ex
     """A program of the units, every one with inputs of its own, and by name the number of every call in its unit."""
     graph = fx.Graph()
     mode = detect_fake_mode([node.meta["val"] for unit in units for node in unit.inputs])
+    if mode is None:
+        raise _NotByKindError("no input is a fake tensor")
     given = [graph.placeholder(f"given_{i}") for i in range(sum(len(unit.inputs) for unit in units))]
     unused = iter(given)
     results: list[fx.Node] = []
@@ -266,9 +271,9 @@ def _side_by_side(units: Sequence[_Unit], exported: ExportedProgram) -> tuple[Ex
     return program, origins
 
 
-def _like(value: Tensor, mode: FakeTensorMode | None) -> Tensor:
+def _like(value: Tensor, mode: FakeTensorMode) -> Tensor:
     """A fake tensor of the same form that shares no memory."""
-    if mode is None or value.layout != torch.strided:
+    if value.layout != torch.strided:
         raise _NotByKindError("a tensor is not a plain strided one")
     with mode:
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)

@@ -213,10 +213,10 @@ def test_chunks_hold_every_window_once_and_what_fits(parts: Triple, heads: int, 
         ((7, 1, 1), 12, 1, {1}),
     ],
 )
-def test_threads_get_equal_shares_of_a_chunk(
+def test_threads_get_equal_shares_of_a_chunk_where_that_fits(
     parts: Triple, heads: int, fit: int, of_each: set[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Three windows on two threads keep one of them waiting for a quarter of the time."""
+    """Of three windows of one query block each, one of two threads computes two while the other waits."""
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     monkeypatch.setattr(cpu_attention, "CHUNK_BYTES_PER_THREAD", 500 * fit)
     seen = torch.zeros(*parts, heads)

@@ -91,9 +91,10 @@ class _Chunk:
 
 
 def _slices(length: int, at_most: int, held: int, threads: int) -> tuple[list[slice], int]:
-    """As few slices as there must be, as equal as can be, a largest one first; and the length of that.
+    """Few slices, nearly equal, a largest one first; and the length of that.
 
-    Each of ``length`` has ``held`` windows and heads. Threads get equal shares of a slice, where each can have one.
+    Each of ``length`` has ``held`` windows and heads. An axis that does not fit is cut into slices whose windows and
+    heads the threads share equally, where every thread can have one; the last takes what is left.
     """
     step = threads // math.gcd(held, threads)
     if at_most >= length or at_most < step:
@@ -105,7 +106,7 @@ def _slices(length: int, at_most: int, held: int, threads: int) -> tuple[list[sl
 
 
 def _chunks(parts: tuple[int, ...], key_heads: int, bytes_per_head: int) -> Iterator[_Chunk]:
-    """All heads of one window, if they fit; then as many windows as fit, neighbours along w first."""
+    """All heads of one window, if they fit; then windows, neighbours along w first. See _slices for how many."""
     threads = torch.get_num_threads()
     fit = max(1, CHUNK_BYTES_PER_THREAD * threads // bytes_per_head)
     slices: list[list[slice]] = []
