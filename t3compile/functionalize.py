@@ -29,7 +29,8 @@ from torch.export.graph_signature import (
 )
 from torch.utils import _pytree as pytree
 
-_ASSERTION = torch.ops.aten._assert_tensor_metadata.default
+# Static shapes and dtypes are in the graph's metadata; these run-time checks only hinder later passes.
+METADATA_ASSERTION = torch.ops.aten._assert_tensor_metadata.default
 # What later passes and torch.export.save read: of the call's place in the model, and of its functional form.
 _OF_PLACE = ("nn_module_stack", "torch_fn", "stack_trace")
 _OF_FORM = ("val", "tensor_meta")
@@ -101,7 +102,7 @@ def _units(graph: fx.Graph) -> list[_Unit]:
 
     for node in graph.nodes:
         _require_plain(node)
-    calls = [node for node in graph.nodes if node.op == "call_function" and node.target is not _ASSERTION]
+    calls = [node for node in graph.nodes if node.op == "call_function" and node.target is not METADATA_ASSERTION]
     place = {node: i for i, node in enumerate(graph.nodes)}
     needs = networkx.DiGraph()
     needs.add_nodes_from(calls)
@@ -149,12 +150,14 @@ def _written_together(graph: fx.Graph, place: Mapping[fx.Node, int]) -> list[tup
     last_write = {held: node for node, tensors in written.items() for x in tensors for held in memory[x]}
     pairs: list[tuple[fx.Node, fx.Node]] = []
     for node in graph.nodes:
-        for held in memory.get(node, set()) & last_write.keys():
+        for held in memory[node] & last_write.keys():
             last = last_write[held]
             if node.op == "placeholder":
                 raise _NotByKindError("an input, a buffer or a constant is written")
             if place[node] <= place[last]:
-                early = [user for user in node.users if place[user] <= place[last] and user.target is not _ASSERTION]
+                early = [
+                    user for user in node.users if place[user] <= place[last] and user.target is not METADATA_ASSERTION
+                ]
                 pairs += [(last, one) for one in (node, *early)]
     return pairs
 
@@ -192,9 +195,7 @@ def _share_memory_as_run(values: Mapping[fx.Node, object], written: Mapping[fx.N
 def _run_with_memory(graph: fx.Graph) -> dict[fx.Node, object]:
     """Every node's fake value, where those that the graph carries do not share memory as they should."""
     given = [node.meta.get("val") for node in graph.nodes if node.op == "placeholder"]
-    mode = detect_fake_mode(given)
-    if mode is None:
-        raise _NotByKindError("no input is a fake tensor")
+    mode = _mode_of(given)
     assert graph.owning_module is not None
     run = fx.Interpreter(graph.owning_module, garbage_collect_values=False)
     with mode:
@@ -206,7 +207,7 @@ def _unit(calls: Sequence[fx.Node]) -> _Unit | None:
     """None where nothing reads what the calls make."""
     uses = {node: _Use(i, is_input=False) for i, node in enumerate(calls)}
     results = tuple(
-        node for node in calls if any(user not in uses and user.target is not _ASSERTION for user in node.users)
+        node for node in calls if any(user not in uses and user.target is not METADATA_ASSERTION for user in node.users)
     )
     if not results:
         if any(node.is_impure() and not _is_write(node) for node in calls):
@@ -235,9 +236,7 @@ def _form_of(value: object) -> tuple[object, ...]:
 def _side_by_side(units: Sequence[_Unit], exported: ExportedProgram) -> tuple[ExportedProgram, dict[str, int]]:
     """A program of the units, every one with inputs of its own, and by name the number of every call in its unit."""
     graph = fx.Graph()
-    mode = detect_fake_mode([node.meta["val"] for unit in units for node in unit.inputs])
-    if mode is None:
-        raise _NotByKindError("no input is a fake tensor")
+    mode = _mode_of([node.meta["val"] for unit in units for node in unit.inputs])
     given = [graph.placeholder(f"given_{i}") for i in range(sum(len(unit.inputs) for unit in units))]
     unused = iter(given)
     results: list[fx.Node] = []
@@ -271,10 +270,15 @@ def _side_by_side(units: Sequence[_Unit], exported: ExportedProgram) -> tuple[Ex
     return program, origins
 
 
+def _mode_of(inputs: Sequence[object]) -> FakeTensorMode:
+    mode = detect_fake_mode(inputs)
+    if mode is None:
+        raise _NotByKindError("no input is a fake tensor")
+    return mode
+
+
 def _like(value: Tensor, mode: FakeTensorMode) -> Tensor:
     """A fake tensor of the same form that shares no memory."""
-    if value.layout != torch.strided:
-        raise _NotByKindError("a tensor is not a plain strided one")
     with mode:
         return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
 

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 from t3compile.archive import is_plain, without_values, write_archive
 from t3compile.errors import OutputError, TraceError, WeightsError, first_line
 from t3compile.files import check_space, check_writable, staged_outputs
-from t3compile.functionalize import functionalize_by_kind
+from t3compile.functionalize import METADATA_ASSERTION, functionalize_by_kind
 from t3compile.mapped_files import Extent
 from t3compile.plan import Plan
 from t3compile.progress import SILENT, Progress
@@ -315,9 +315,8 @@ def functionalized(exported: ExportedProgram) -> ExportedProgram:
 
 
 def _drop_metadata_assertions(graph_module: fx.GraphModule) -> None:
-    """Static shapes and dtypes are in the graph's metadata; the run-time checks only hinder later passes."""
     for node in list(graph_module.graph.nodes):
-        if node.target is torch.ops.aten._assert_tensor_metadata.default:
+        if node.target is METADATA_ASSERTION:
             graph_module.graph.erase_node(node)
     graph_module.recompile()
 

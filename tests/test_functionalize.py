@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 from collections.abc import Callable
+from functools import partial
 
 import pytest
 import torch
@@ -234,10 +235,6 @@ def holds_a_graph(x: Tensor, linear: Callable[[Tensor], Tensor]) -> Tensor:
         return linear(x.float())
 
 
-def deferred(function: Function) -> Callable[[], Wraps]:
-    return lambda: Wraps(function)
-
-
 class Counts(Wraps):
     """Writes a buffer."""
 
@@ -250,7 +247,9 @@ def reads_memory(x: Tensor, linear: Callable[[Tensor], Tensor]) -> Tensor:
     return linear(x)[1:].as_strided((8,), (1,), 0)
 
 
-@pytest.mark.parametrize("make", [lambda: Counts(plain), *map(deferred, (writes_input, holds_a_graph, reads_memory))])
+@pytest.mark.parametrize(
+    "make", [partial(Counts, plain), *(partial(Wraps, f) for f in (writes_input, holds_a_graph, reads_memory))]
+)
 def test_what_reaches_beyond_calls_is_left_to_torch(make: Callable[[], Wraps]) -> None:
     exported = export(make(), X)
     assert functionalize_by_kind(exported) is None

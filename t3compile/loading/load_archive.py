@@ -16,6 +16,7 @@ from torch import SymInt, Tensor
 from torch.export import ExportedProgram
 
 from t3compile.errors import MissingExtraError, ModelFileError, PlanError, first_line
+from t3compile.functionalize import METADATA_ASSERTION
 from t3compile.inputs import bind_inputs
 from t3compile.loading.check_archive import check_archive
 from t3compile.loading.map_archive import split_archive
@@ -142,6 +143,6 @@ def _is_functional(exported: ExportedProgram) -> bool:
             return False
         if not isinstance(node.target, torch._ops.OpOverload):
             continue
-        if node.target._schema.is_mutable or node.target is torch.ops.aten._assert_tensor_metadata.default:
+        if node.target._schema.is_mutable or node.target is METADATA_ASSERTION:
             return False
     return True
