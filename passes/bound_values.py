@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -20,7 +20,17 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.utils import _pytree as pytree
 
 from t3compile.errors import InputsError, WeightsError
-from t3compile.passes.value_numbers import LARGEST, Numbers, align, concatenate, representatives
+from t3compile.passes.aten_calls import (
+    SHAPE_ONLY,
+    carry_out,
+    element_counts,
+    is_followed,
+    operands_of,
+    operator_name,
+    replaced,
+)
+from t3compile.passes.number_table import NumberTable
+from t3compile.passes.value_numbers import LARGEST, Numbers, align, representatives
 from t3compile.passes.value_ranges import (
     ARITHMETIC,
     CONSTANT,
@@ -31,14 +41,10 @@ from t3compile.passes.value_ranges import (
     Range,
     Reduction,
     adds_exactly,
-    all_of,
-    any_of,
     convert,
     dtype_limits,
-    largest_of,
-    smallest_of,
-    sum_of,
 )
+from t3compile.passes.value_structures import STRUCTURES, Value
 from t3compile.program import Program
 
 # Rows are compared up to this many elements.
@@ -63,79 +69,6 @@ class Bounds:
     def is_constant(self) -> Tensor:
         """bool: where the value is known."""
         return (self.lo == self.hi) & ~self.may_be_nan
-
-
-class NumberTable:
-    """Bounds of all value numbers; a constant has one number, whatever its dtype."""
-
-    def __init__(self) -> None:
-        self._bounds = torch.empty(2, 0, dtype=torch.float64)
-        self._flags = torch.empty(2, 0, dtype=torch.bool)  # may be NaN; is a constant
-        self._size = 0
-        self._bits = torch.empty(0, dtype=torch.int64)  # sorted bit patterns of the constants
-        self._bit_numbers = torch.empty(0, dtype=torch.int64)
-
-    def look_up(self, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """lo, hi, may be NaN, is a constant."""
-        return (*(row[numbers] for row in self._bounds), *(row[numbers] for row in self._flags))
-
-    def add(self, lo: Tensor, hi: Tensor, nan: Tensor) -> Tensor:
-        """New numbers [n] for values of which only the bounds [n] are known."""
-        return self._append(lo, hi, nan, constant=False)
-
-    def add_constants(self, values: Tensor) -> Tensor:
-        """Numbers of known values, in the values' shape."""
-        flat = values.reshape(-1)
-        if flat.is_complex():
-            count = torch.ones(len(flat), dtype=torch.float64)
-            return self.add(-INF * count, INF * count, count.bool()).reshape(values.shape)
-        exact = flat.to(torch.float64)
-        odd = exact.isnan()
-        if not values.is_floating_point() and values.dtype is not torch.bool:
-            odd = odd | (exact.abs() >= LARGEST_EXACT)
-        bits, place = torch.unique(exact.view(torch.int64), return_inverse=True)
-        at = torch.searchsorted(self._bits, bits)
-        known = at < len(self._bits)
-        known[known.clone()] = self._bits[at[known]] == bits[known]
-        fresh = bits[~known]
-        if len(fresh):
-            new = fresh.view(torch.float64)
-            nan = new.isnan()
-            added = self._append(new.nan_to_num(-INF, INF, -INF), new.nan_to_num(INF, INF, -INF), nan, True)
-            self._flags[1, added[nan]] = False
-            merged, order = torch.cat([self._bits, fresh]).sort()
-            self._bits, self._bit_numbers = merged, torch.cat([self._bit_numbers, added])[order]
-            at = torch.searchsorted(self._bits, bits)
-        numbers = self._bit_numbers[at][place]
-        if bool(odd.any()):
-            # An integer that float64 cannot hold, or NaN, which is not even equal to itself.
-            large = exact[odd].nan_to_num(0.0)
-            lo = torch.where(large > 0, LARGEST_EXACT, -INF)
-            hi = torch.where(large < 0, -LARGEST_EXACT, INF)
-            numbers[odd] = self.add(lo.double(), hi.double(), exact[odd].isnan())
-        return numbers.reshape(values.shape)
-
-    def _append(self, lo: Tensor, hi: Tensor, nan: Tensor, constant: bool) -> Tensor:
-        count = len(lo)
-        needed = self._size + count
-        if needed > self._bounds.shape[1]:
-            room = max(needed, 2 * self._size, 1024)
-            for name in ("_bounds", "_flags"):
-                old = getattr(self, name)
-                grown = torch.empty(2, room, dtype=old.dtype)
-                grown[:, : self._size] = old[:, : self._size]
-                setattr(self, name, grown)
-        self._bounds[0, self._size : needed] = lo
-        self._bounds[1, self._size : needed] = hi
-        self._flags[0, self._size : needed] = nan
-        self._flags[1, self._size : needed] = constant
-        numbers = torch.arange(self._size, needed)
-        self._size = needed
-        return numbers
-
-
-Value = Numbers | list[Numbers | None] | None
-Structure = Callable[["ValueBounds", fx.Node], Value]
 
 
 class ValueBounds:
@@ -201,7 +134,7 @@ class ValueBounds:
             current = stack.pop()
             if current not in found:
                 found.add(current)
-                stack.extend(() if _name(current) in _SHAPE_ONLY else current.all_input_nodes)
+                stack.extend(() if operator_name(current) in SHAPE_ONLY else current.all_input_nodes)
         return tuple(x.name for x in sorted(found) if x.op == "placeholder" and x.name in names)
 
     def _pending(self, node: fx.Node) -> list[fx.Node]:
@@ -212,7 +145,7 @@ class ValueBounds:
             current = stack.pop()
             if current not in found and current not in self._values:
                 found.add(current)
-                stack.extend(_operands(current))
+                stack.extend(operands_of(current))
         return sorted(found)
 
     def _evaluate(self, node: fx.Node) -> Value:
@@ -238,12 +171,12 @@ class ValueBounds:
             assert isinstance(source, fx.Node) and isinstance(index, int)
             values = self._values.get(source)
             return values[index] if isinstance(values, list) else None
-        name = _name(node)
-        if name is None or not _is_followed(node):
+        name = operator_name(node)
+        if name is None or not is_followed(node):
             return None
-        if name in _STRUCTURES:
+        if name in STRUCTURES:
             try:
-                value = _STRUCTURES[name](self, node)
+                value = STRUCTURES[name](self, node)
             except (IndexError, KeyError, RuntimeError, TypeError, ValueError):
                 # An overload with other arguments than the rule reads: it is as one without a rule.
                 value = None
@@ -330,13 +263,13 @@ class ValueBounds:
 
     def _computed(self, node: fx.Node) -> Value:
         """What an operation on known tensors yields, by carrying it out; None where an operand is not known."""
-        if "empty" in str(_name(node)) or sum(_sizes(node)) > LARGEST:
+        if "empty" in str(operator_name(node)) or sum(element_counts(node)) > LARGEST:
             return None
         try:
-            known = {source: self.exact(source) for source in _operands(node)}
+            known = {source: self.exact(source) for source in operands_of(node)}
         except ValueError:
             return None
-        result = _carry_out(node, known)
+        result = carry_out(node, known)
         if isinstance(result, Tensor):
             return self.constant(result)
         if isinstance(result, list | tuple):
@@ -345,7 +278,7 @@ class ValueBounds:
 
     def _elementwise(self, node: fx.Node, name: str) -> Value:
         """Every combination of operand numbers once: carried out where all are known, else by the rule's bounds."""
-        operands = _operands(node)
+        operands = operands_of(node)
         values = [self._values.get(source) for source in operands]
         numbers = [value for value in values if isinstance(value, Numbers)]
         if len(numbers) != len(values) or not numbers:
@@ -377,7 +310,7 @@ class ValueBounds:
             values = self._exact_values(column[:1].reshape(()) if value.dim() == 0 else column, value.dtype)
             assert values is not None
             known[source] = values
-        result = _carry_out(node, known, pointwise=True)
+        result = carry_out(node, known, pointwise=True)
         if not isinstance(result, Tensor) or result.dtype != node.meta["val"].dtype:
             return None
         return result.expand(len(columns[0])) if result.dim() == 0 else result
@@ -394,7 +327,7 @@ class ValueBounds:
         rule = RULES.get(name)
         bounded: Range | None = None
         if rule is not None and not dtype.is_complex:
-            args, kwargs = _replaced(node, ranges)
+            args, kwargs = replaced(node, ranges)
             bounded = rule(dtype, count, args, kwargs)
         if bounded is None:
             low, high = dtype_limits(dtype)
@@ -519,68 +452,10 @@ def _is_real(value: Tensor) -> bool:
     return not isinstance(value, FakeTensor) and value.device.type != "meta"
 
 
-def _name(node: fx.Node) -> str | None:
-    """The operator's name without namespace and overload, for aten's own."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
-        return None
-    packet: str = target.overloadpacket.__name__
-    if target._overloadname == "other" and packet in ("max", "min"):
-        return f"{packet}imum"
-    return _SAME_AS.get(packet, packet)
-
-
 def _is_elementwise(node: fx.Node) -> bool:
     target = node.target
     assert isinstance(target, torch._ops.OpOverload)
-    return torch.Tag.pointwise in target.tags or _name(node) in RULES
-
-
-def _is_followed(node: fx.Node) -> bool:
-    """Whether the result may depend on the operands alone, and knowing them may help."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
-    if torch.Tag.nondeterministic_seeded in target.tags or target._schema.is_mutable:
-        return False
-    return _name(node) not in _OPAQUE
-
-
-def _operands(node: fx.Node) -> list[fx.Node]:
-    """The nodes whose values can matter for this one's."""
-    if node.op != "call_function":
-        return []
-    if node.target is operator.getitem:
-        return list(node.all_input_nodes)
-    name = _name(node)
-    if name is None or name in _SHAPE_ONLY or not _is_followed(node):
-        return []
-    return list(node.all_input_nodes)
-
-
-def _sizes(node: fx.Node) -> Iterable[int]:
-    return (x.numel() for x in pytree.tree_leaves(node.meta.get("val")) if isinstance(x, Tensor))
-
-
-def _replaced(node: fx.Node, values: Mapping[fx.Node, Any]) -> tuple[list[Any], dict[str, Any]]:
-    """The call's arguments with values in place of nodes."""
-    args, kwargs = pytree.tree_map_only(fx.Node, lambda used: values.get(used, used), (node.args, node.kwargs))
-    return list(args), dict(kwargs)
-
-
-def _carry_out(node: fx.Node, known: Mapping[fx.Node, Tensor], pointwise: bool = False) -> Any:
-    """The call on real tensors; None where torch refuses."""
-    args, kwargs = _replaced(node, known)
-    if "device" in kwargs:
-        kwargs["device"] = torch.device("cpu")
-    if pointwise:
-        kwargs.pop("memory_format", None)
-    args = [torch.device("cpu") if isinstance(x, torch.device) else x for x in args]
-    assert callable(node.target)
-    try:
-        return node.target(*args, **kwargs)
-    except (RuntimeError, TypeError, IndexError, ValueError, NotImplementedError):
-        return None
+    return torch.Tag.pointwise in target.tags or operator_name(node) in RULES
 
 
 def _combinations(cores: Sequence[Tensor]) -> tuple[list[Tensor], Tensor, tuple[int, ...]]:
@@ -598,395 +473,3 @@ def _combinations(cores: Sequence[Tensor]) -> tuple[list[Tensor], Tensor, tuple[
     _, group = torch.unique(code.expand(shape).reshape(-1), return_inverse=True)
     first = representatives(group)
     return [core.expand(shape).reshape(-1)[first] for core in cores], group, shape
-
-
-# Operations that move values.
-
-
-def _arguments(node: fx.Node) -> dict[str, Any]:
-    """The call's arguments by the schema's names, defaults included."""
-    target = node.target
-    assert isinstance(target, torch._ops.OpOverload)
-    named: dict[str, Any] = {}
-    for i, argument in enumerate(target._schema.arguments):
-        if i < len(node.args) and not argument.kwarg_only:
-            named[argument.name] = node.args[i]
-        elif argument.name in node.kwargs:
-            named[argument.name] = node.kwargs[argument.name]
-        elif argument.has_default_value():
-            named[argument.name] = argument.default_value
-    return named
-
-
-def _out_shape(node: fx.Node) -> tuple[int, ...]:
-    return tuple(int(n) for n in node.meta["val"].shape)
-
-
-def _same(analysis: ValueBounds, node: fx.Node) -> Value:
-    return analysis.value(node.args[0])
-
-
-def _reshaped(analysis: ValueBounds, node: fx.Node) -> Value:
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    if node.meta["val"].dtype != source.meta["val"].dtype:
-        return None  # a view of the same bytes as another dtype
-    return analysis.value(source).reshape(_out_shape(node))
-
-
-def _expanded(analysis: ValueBounds, node: fx.Node) -> Value:
-    return analysis.value(node.args[0]).expand(_out_shape(node))
-
-
-def _permuted(analysis: ValueBounds, node: fx.Node) -> Value:
-    numbers = analysis.value(node.args[0])
-    rank = len(numbers.shape)
-    return numbers.permute([d % rank for d in _arguments(node)["dims"]])
-
-
-def _transposed(analysis: ValueBounds, node: fx.Node) -> Value:
-    numbers = analysis.value(node.args[0])
-    rank = len(numbers.shape)
-    dims = list(range(rank))
-    if rank > 1:
-        given = _arguments(node)
-        a, b = given.get("dim0", given.get("axis0", 0)) % rank, given.get("dim1", given.get("axis1", 1)) % rank
-        dims[a], dims[b] = dims[b], dims[a]
-    return numbers.permute(dims)
-
-
-def _sliced(analysis: ValueBounds, node: fx.Node) -> Value:
-    numbers = analysis.value(node.args[0])
-    given = _arguments(node)
-    dim = given["dim"] % len(numbers.shape)
-    return numbers.take(dim, torch.arange(numbers.shape[dim])[slice(given["start"], given["end"], given["step"])])
-
-
-def _narrowed(analysis: ValueBounds, node: fx.Node) -> Value:
-    numbers = analysis.value(node.args[0])
-    given = _arguments(node)
-    dim = given["dim"] % len(numbers.shape)
-    start = given["start"] % numbers.shape[dim]
-    return numbers.slice(dim, start, start + given["length"])
-
-
-def _selected(analysis: ValueBounds, node: fx.Node) -> Value:
-    numbers = analysis.value(node.args[0])
-    given = _arguments(node)
-    dim = given["dim"] % len(numbers.shape)
-    index = given["index"] % numbers.shape[dim]
-    return numbers.slice(dim, index, index + 1).reshape(_out_shape(node))
-
-
-def _cut(analysis: ValueBounds, node: fx.Node) -> Value:
-    """split, chunk: consecutive stretches of one axis."""
-    numbers = analysis.value(node.args[0])
-    dim = _arguments(node)["dim"] % len(numbers.shape)
-    stops = torch.tensor([value.shape[dim] for value in node.meta["val"]]).cumsum(0).tolist()
-    return [numbers.slice(dim, start, stop) for start, stop in zip([0, *stops], stops, strict=False)]
-
-
-def _unbound(analysis: ValueBounds, node: fx.Node) -> Value:
-    numbers = analysis.value(node.args[0])
-    dim = _arguments(node)["dim"] % len(numbers.shape)
-    shape = (*numbers.shape[:dim], *numbers.shape[dim + 1 :])
-    return [numbers.slice(dim, i, i + 1).reshape(shape) for i in range(numbers.shape[dim])]
-
-
-def _index_selected(analysis: ValueBounds, node: fx.Node) -> Value:
-    numbers = analysis.value(node.args[0])
-    given = _arguments(node)
-    return numbers.take(given["dim"] % len(numbers.shape), analysis.exact(given["index"]).reshape(-1).long())
-
-
-def _flipped(analysis: ValueBounds, node: fx.Node) -> Value:
-    numbers = analysis.value(node.args[0])
-    for dim in _arguments(node)["dims"]:
-        dim %= len(numbers.shape)
-        numbers = numbers.take(dim, torch.arange(numbers.shape[dim]).flip(0))
-    return numbers
-
-
-def _repeated(analysis: ValueBounds, node: fx.Node) -> Value:
-    numbers = analysis.value(node.args[0])
-    given = _arguments(node)
-    repeats = list(given["repeats"] if "repeats" in given else given["dims"])
-    numbers = numbers.lifted(max(len(repeats), len(numbers.shape)))
-    repeats = [1] * (len(numbers.shape) - len(repeats)) + repeats
-    for dim, repeat in enumerate(repeats):
-        if repeat != 1:
-            numbers = numbers.take(dim, torch.arange(numbers.shape[dim]).repeat(repeat))
-    return numbers
-
-
-def _interleaved(analysis: ValueBounds, node: fx.Node) -> Value:
-    given = _arguments(node)
-    numbers = analysis.value(given["self"])
-    if not isinstance(given["repeats"], int) or given["dim"] is None:
-        return None
-    dim = given["dim"] % len(numbers.shape)
-    return numbers.take(dim, torch.arange(numbers.shape[dim]).repeat_interleave(given["repeats"]))
-
-
-def _cat(analysis: ValueBounds, node: fx.Node) -> Value:
-    result = node.meta["val"]
-    given = _arguments(node)
-    tensors = [x for x in given["tensors"] if x.meta["val"].dim() == result.dim()]
-    parts = [analysis.cast(analysis.value(x), x.meta["val"].dtype, result.dtype) for x in tensors]
-    return concatenate(parts, given["dim"] % result.dim())
-
-
-def _stacked(analysis: ValueBounds, node: fx.Node) -> Value:
-    result = node.meta["val"]
-    given = _arguments(node)
-    dim = given["dim"] % result.dim()
-    parts: list[Numbers] = []
-    for x in given["tensors"]:
-        numbers = analysis.cast(analysis.value(x), x.meta["val"].dtype, result.dtype)
-        reshaped = numbers.reshape((*numbers.shape[:dim], 1, *numbers.shape[dim:]))
-        if reshaped is None:
-            return None
-        parts.append(reshaped)
-    return concatenate(parts, dim)
-
-
-def _padded(analysis: ValueBounds, node: fx.Node) -> Value:
-    numbers: Numbers | None = analysis.value(node.args[0])
-    given = _arguments(node)
-    if given.get("mode", "constant") != "constant":
-        return None
-    fill = torch.full((), given["value"] or 0, dtype=node.meta["val"].dtype)
-    pads = given["pad"]
-    for i in range(len(pads) // 2):
-        if numbers is None:
-            return None
-        dim = len(numbers.shape) - 1 - i
-        before, after = pads[2 * i], pads[2 * i + 1]
-        numbers = numbers.slice(dim, max(-before, 0), numbers.shape[dim] - max(-after, 0))
-        around = [
-            analysis.filled(fill, (*numbers.shape[:dim], max(size, 0), *numbers.shape[dim + 1 :]))
-            for size in (before, after)
-        ]
-        numbers = concatenate([around[0], numbers, around[1]], dim)
-    return numbers
-
-
-def _filled(analysis: ValueBounds, node: fx.Node) -> Value:
-    """full, zeros, ones and their kin."""
-    name = _name(node)
-    assert name is not None
-    given = _arguments(node)
-    value = given.get("fill_value", given.get("value", 1.0 if "ones" in name else 0.0))
-    result = node.meta["val"]
-    if isinstance(value, fx.Node):
-        source = analysis.cast(analysis.value(value), value.meta["val"].dtype, result.dtype)
-        return source.expand(_out_shape(node))
-    if isinstance(value, complex):
-        return None
-    return analysis.filled(torch.full((), value, dtype=result.dtype), _out_shape(node))
-
-
-def _converted(analysis: ValueBounds, node: fx.Node) -> Value:
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    return analysis.cast(analysis.value(source), source.meta["val"].dtype, node.meta["val"].dtype)
-
-
-def _copied(analysis: ValueBounds, node: fx.Node) -> Value:
-    source = node.args[1]
-    assert isinstance(source, fx.Node)
-    numbers = analysis.cast(analysis.value(source), source.meta["val"].dtype, node.meta["val"].dtype)
-    return numbers.expand(_out_shape(node))
-
-
-def _slice_scattered(analysis: ValueBounds, node: fx.Node) -> Value:
-    """Contiguous stretches only: what is before, the new values, what is behind."""
-    given = _arguments(node)
-    base = analysis.value(given["self"])
-    dim = given["dim"] % len(base.shape)
-    start, stop, step = slice(given["start"], given["end"], given["step"]).indices(base.shape[dim])
-    if step != 1:
-        return None
-    return _with_stretch(analysis, node, base, given["src"], dim, start, max(stop, start))
-
-
-def _select_scattered(analysis: ValueBounds, node: fx.Node) -> Value:
-    given = _arguments(node)
-    base = analysis.value(given["self"])
-    dim = given["dim"] % len(base.shape)
-    index = given["index"] % base.shape[dim]
-    return _with_stretch(analysis, node, base, given["src"], dim, index, index + 1)
-
-
-def _with_stretch(
-    analysis: ValueBounds, node: fx.Node, base: Numbers, source: fx.Node, dim: int, start: int, stop: int
-) -> Value:
-    inserted: Numbers | None = analysis.cast(analysis.value(source), source.meta["val"].dtype, node.meta["val"].dtype)
-    shape = (*base.shape[:dim], stop - start, *base.shape[dim + 1 :])
-    if inserted is not None and len(inserted.shape) < len(shape):
-        inserted = inserted.reshape(shape)
-    if inserted is None or start == stop:
-        return base if start == stop else None
-    parts = [base.slice(dim, 0, start), inserted.expand(shape), base.slice(dim, stop, base.shape[dim])]
-    return concatenate(parts, dim)
-
-
-def _triangle(analysis: ValueBounds, node: fx.Node) -> Value:
-    """tril, triu: zeros outside of the triangle."""
-    dense = analysis.value(node.args[0]).dense()
-    if dense is None:
-        return None
-    inside = torch.ones(dense.shape[-2:], dtype=torch.bool)
-    diagonal = _arguments(node)["diagonal"]
-    inside = inside.tril(diagonal) if _name(node) == "tril" else inside.triu(diagonal)
-    zero = analysis.constant(torch.zeros((), dtype=node.meta["val"].dtype)).core
-    return Numbers.of(torch.where(inside, dense, zero))
-
-
-def _moved(analysis: ValueBounds, node: fx.Node) -> Value:
-    """Operations that only move values to constant places, carried out on the numbers themselves."""
-    given = _arguments(node)
-    if given.get("accumulate") or given.get("reduce"):
-        return None
-    dtype = node.meta["val"].dtype
-    arguments: dict[str, Any] = {}
-    for name, value in given.items():
-        if name in ("self", "src", "source", "values") and isinstance(value, fx.Node):
-            dense = analysis.value(value).dense()
-            if dense is None or value.meta["val"].dtype != dtype:
-                return None
-            arguments[name] = dense
-        elif name == "value":
-            arguments[name] = int(analysis.constant(torch.full((), value, dtype=dtype)).core)
-        else:
-            arguments[name] = fx.map_arg(value, analysis.exact)
-    if sum(_sizes(node)) > LARGEST:
-        return None
-    assert callable(node.target)
-    moved = node.target(**arguments)
-    return Numbers.of(moved)
-
-
-def _dims(node: fx.Node) -> list[int]:
-    rank = node.args[0].meta["val"].dim()  # type: ignore[union-attr]
-    dim = _arguments(node).get("dim")
-    if dim is None or dim == []:
-        return list(range(rank))
-    return [d % rank for d in ([dim] if isinstance(dim, int) else dim)] if rank else []
-
-
-def _reduced(rule: Reduction) -> Structure:
-    def reduction(analysis: ValueBounds, node: fx.Node) -> Value:
-        dims = _dims(node)
-        if not dims:
-            return None
-        reduced = analysis.reduce(node, dims, rule)
-        result = node.meta["val"]
-        if isinstance(result, Tensor):
-            return None if reduced is None else reduced.reshape(tuple(result.shape))
-        # max and min along an axis also say where; of that nothing is known.
-        return [None if reduced is None else reduced.reshape(tuple(result[0].shape)), None]
-
-    return reduction
-
-
-def _accumulated(analysis: ValueBounds, node: fx.Node) -> Value:
-    """cumsum."""
-    source = node.args[0]
-    assert isinstance(source, fx.Node)
-    numbers = analysis.value(source)
-    if not numbers.shape:
-        return None
-    return analysis.accumulate(node, numbers, _arguments(node)["dim"] % len(numbers.shape))
-
-
-_STRUCTURES: dict[str, Structure] = {
-    **dict.fromkeys(("clone", "contiguous", "detach", "alias", "lift_fresh_copy", "lift_fresh"), _same),
-    **dict.fromkeys(
-        ("view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "view_as", "reshape_as", "ravel"),
-        _reshaped,
-    ),
-    **dict.fromkeys(("expand", "expand_as", "broadcast_to"), _expanded),
-    "permute": _permuted,
-    **dict.fromkeys(("transpose", "t"), _transposed),
-    "slice": _sliced,
-    "narrow": _narrowed,
-    "select": _selected,
-    **dict.fromkeys(("split", "split_with_sizes", "chunk", "tensor_split"), _cut),
-    "unbind": _unbound,
-    "index_select": _index_selected,
-    "flip": _flipped,
-    **dict.fromkeys(("repeat", "tile"), _repeated),
-    "repeat_interleave": _interleaved,
-    "cat": _cat,
-    "stack": _stacked,
-    **dict.fromkeys(("constant_pad_nd", "pad"), _padded),
-    **dict.fromkeys(
-        (
-            *("full", "zeros", "ones", "full_like", "zeros_like", "ones_like", "new_full", "new_zeros", "new_ones"),
-            *("fill", "zero"),
-        ),
-        _filled,
-    ),
-    "to": _converted,
-    "copy": _copied,
-    "slice_scatter": _slice_scattered,
-    "select_scatter": _select_scattered,
-    **dict.fromkeys(("tril", "triu"), _triangle),
-    **dict.fromkeys(
-        (
-            *("gather", "take_along_dim", "index", "index_put", "index_copy", "scatter", "roll", "movedim"),
-            *("diagonal", "unfold", "rot90"),
-        ),
-        _moved,
-    ),
-    "any": _reduced(any_of),
-    "all": _reduced(all_of),
-    **dict.fromkeys(("amax", "max"), _reduced(largest_of)),
-    **dict.fromkeys(("amin", "min"), _reduced(smallest_of)),
-    "sum": _reduced(sum_of),
-    "cumsum": _accumulated,
-}
-
-_SAME_AS = {
-    "_to_copy": "to",
-    "type_as": "to",
-    "_unsafe_view": "view",
-    "__and__": "bitwise_and",
-    "__or__": "bitwise_or",
-    "__xor__": "bitwise_xor",
-    "less": "lt",
-    "less_equal": "le",
-    "greater": "gt",
-    "greater_equal": "ge",
-    "not_equal": "ne",
-    "multiply": "mul",
-    "divide": "div",
-    "true_divide": "div",
-    "subtract": "sub",
-    "negative": "neg",
-    "absolute": "abs",
-    "clip": "clamp",
-    "concat": "cat",
-    "concatenate": "cat",
-    "swapaxes": "transpose",
-    "swapdims": "transpose",
-    "moveaxis": "movedim",
-    "unsafe_split": "split",
-    "unsafe_split_with_sizes": "split_with_sizes",
-    "unsafe_chunk": "chunk",
-}
-
-# Of these only the operand's shape and dtype count.
-_SHAPE_ONLY = frozenset(
-    {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "zero", "empty_like", "new_empty"}
-)
-
-# Nothing is said of what these make, so their operands are not looked at.
-_OPAQUE = frozenset(
-    {
-        *("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention", "embedding"),
-        *("convolution", "conv1d", "conv2d", "conv3d", "layer_norm", "native_layer_norm", "rms_norm", "group_norm"),
-        *("native_group_norm", "batch_norm", "softmax", "_softmax", "empty_like", "new_empty", "empty"),
-    }
-)

@@ -29,7 +29,8 @@ from torch import Tensor, fx
 
 from t3compile.passes.attention_product import Product, node_shape, read_product
 from t3compile.passes.axis_atoms import Atom, Atoms, Axes
-from t3compile.passes.graph_pass import Cursor, GraphPass, is_call, replace_node, viewable
+from t3compile.passes.graph_pass import GraphPass, is_call
+from t3compile.passes.matched_attention import Match, Operand, Step, write_call
 from t3compile.passes.read_constant import constant_of, constants_of
 from t3compile.program import Program, user_input_names
 
@@ -61,8 +62,8 @@ class CanonicalizeSoftmaxAttention(GraphPass):
             if not is_call(node, *_SOFTMAX):
                 continue
             match = _match(node, constants, fed)
-            if isinstance(match, _Match):
-                _replace(match)
+            if isinstance(match, Match):
+                write_call(match)
                 modified = True
         return modified
 
@@ -115,42 +116,7 @@ def _looks_like_attention(softmax: fx.Node, fed: frozenset[fx.Node]) -> bool:
     return False
 
 
-@dataclass(frozen=True)
-class _Step:
-    """One thing done to the scores; tensors come with the axes of the scores at that place."""
-
-    kind: Literal["scale", "multiply", "divide", "add", "hide", "keep"]
-    number: float = 1.0
-    tensor: fx.Node | None = None
-    axes: Axes = ()
-
-
-@dataclass
-class _Operand:
-    """A tensor and what its axes are."""
-
-    node: fx.Node
-    axes: Axes
-
-
-@dataclass(frozen=True)
-class _Match:
-    atoms: Atoms
-    q: _Operand
-    k: _Operand
-    v: _Operand
-    scale: float
-    steps: tuple[_Step, ...]
-    batch: tuple[tuple[Atom, ...], ...]
-    query: tuple[Atom, ...]
-    key: tuple[Atom, ...]
-    depth: tuple[Atom, ...]
-    value_depth: tuple[Atom, ...]
-    out: fx.Node
-    out_axes: Axes
-
-
-def _match(softmax: fx.Node, constants: Mapping[str, Tensor], fed: frozenset[fx.Node]) -> _Match | str:
+def _match(softmax: fx.Node, constants: Mapping[str, Tensor], fed: frozenset[fx.Node]) -> Match | str:
     """The attention around a softmax, or why there is none."""
     reason = ""
     try:
@@ -217,15 +183,15 @@ def _interpret(
     softmax: fx.Node,
     constants: Mapping[str, Tensor],
     fed: frozenset[fx.Node],
-) -> _Match:
+) -> Match:
     atoms = Atoms()
     of_letter = {letter: atoms.new(size) for letter, size in product.sizes.items()}
     sides = [tuple(() if x is None else of_letter[x] for x in term) for term in product.letters]
     axes: Axes = tuple(of_letter[letter] for letter in product.out)
     scale = product.alpha
-    steps: list[_Step] = []
+    steps: list[Step] = []
     if product.addend is not None:
-        steps.append(_Step("add", product.beta, product.addend, axes))
+        steps.append(Step("add", product.beta, product.addend, axes))
     previous = product.node
     for node in path:
         moved = _moved(node, axes, atoms)
@@ -302,8 +268,8 @@ def _interpret(
     if grouped != (q_atoms | k_atoms) - depth - key - set(query):
         raise _NotAttentionError("an axis mixes batch and queries")
 
-    q, k = _Operand(product.operands[q_side], sides[q_side]), _Operand(product.operands[k_side], sides[k_side])
-    v = _Operand(second.operands[1 - p_side], v_axes)
+    q, k = Operand(product.operands[q_side], sides[q_side]), Operand(product.operands[k_side], sides[k_side])
+    v = Operand(second.operands[1 - p_side], v_axes)
     for role, operand in (("queries", q), ("keys", k), ("values", v)):
         if operand.node not in fed and (role != "queries" or not query):
             raise _NotAttentionError(f"the {role} '{operand.node.name}' do not depend on the model's inputs")
@@ -316,7 +282,7 @@ def _interpret(
     q, q_scale, found = roles.peel(q, dtype, with_scale=True)
     k, k_scale, _ = roles.peel(k, dtype, with_scale=True)
     v, _, _ = roles.peel(v, dtype, with_scale=False)
-    return _Match(
+    return Match(
         atoms,
         q,
         k,
@@ -341,7 +307,7 @@ def _query_axes(atoms: Atoms, alone: list[tuple[Atom, ...]], keys: int) -> list[
     return alone[-1:]
 
 
-def _refuse_factors(atoms: Atoms, steps: list[_Step], key: set[Atom], query: set[Atom]) -> None:
+def _refuse_factors(atoms: Atoms, steps: list[Step], key: set[Atom], query: set[Atom]) -> None:
     """Factors of the scores go to the queries or to the keys; one that varies with both has no place."""
     is_filled = False
     for step in steps:
@@ -360,7 +326,7 @@ def _refuse_factors(atoms: Atoms, steps: list[_Step], key: set[Atom], query: set
             raise _NotAttentionError(f"hidden scores are multiplied with '{step.tensor.name}'")
 
 
-def _refuse_own_masks(scores: fx.Node, steps: list[_Step]) -> None:
+def _refuse_own_masks(scores: fx.Node, steps: list[Step]) -> None:
     """A mask chosen by the scores themselves, such as top-k, needs all of them."""
     for step in steps:
         if step.tensor is None or (step.kind == "add" and node_shape(step.tensor)[-1:] == (1,)):
@@ -462,7 +428,7 @@ def _order(node: fx.Node, rank: int) -> list[int] | None:
     return order
 
 
-def _read_step(node: fx.Node, scores: fx.Node, axes: Axes, constants: Mapping[str, Tensor]) -> list[_Step]:
+def _read_step(node: fx.Node, scores: fx.Node, axes: Axes, constants: Mapping[str, Tensor]) -> list[Step]:
     """What a call does to the scores, one of its arguments."""
     if is_call(node, aten.mul, aten.div):
         other = node.args[1] if node.args[0] is scores else node.args[0]
@@ -473,16 +439,16 @@ def _read_step(node: fx.Node, scores: fx.Node, axes: Axes, constants: Mapping[st
         if number is not None:
             if is_division and number == 0:
                 raise _NotAttentionError(f"'{node.name}' divides by zero")
-            return [_Step("scale", 1 / number if is_division else number)]
+            return [Step("scale", 1 / number if is_division else number)]
         assert isinstance(other, fx.Node)
-        return [_Step("divide" if is_division else "multiply", tensor=other, axes=axes)]
+        return [Step("divide" if is_division else "multiply", tensor=other, axes=axes)]
     if is_call(node, aten.add, aten.sub):
         factor = node.kwargs.get("alpha", 1)
         assert isinstance(factor, int | float)
         sign = -1.0 if is_call(node, aten.sub) else 1.0
         if node.args[0] is scores:
             return _added(node.args[1], sign * factor, axes)
-        return [_Step("scale", sign * factor), *_added(node.args[0], 1.0, axes)]
+        return [Step("scale", sign * factor), *_added(node.args[0], 1.0, axes)]
     if is_call(node, aten.masked_fill):
         mask, fill = node.args[1:3]
         return _filled("hide", mask, fill, axes, constants, node)
@@ -494,21 +460,21 @@ def _read_step(node: fx.Node, scores: fx.Node, axes: Axes, constants: Mapping[st
     raise _NotAttentionError(f"the scores go through {_name(node)} ('{node.name}')")
 
 
-def _added(other: Any, factor: float, axes: Axes) -> list[_Step]:
+def _added(other: Any, factor: float, axes: Axes) -> list[Step]:
     # One number for all scores drops out of the softmax.
-    return [_Step("add", factor, other, axes)] if isinstance(other, fx.Node) else []
+    return [Step("add", factor, other, axes)] if isinstance(other, fx.Node) else []
 
 
 def _filled(
     kind: Literal["hide", "keep"], mask: Any, fill: Any, axes: Axes, constants: Mapping[str, Tensor], node: fx.Node
-) -> list[_Step]:
+) -> list[Step]:
     value = constant_of(fill, constants)
     if value is None:
         raise _NotAttentionError(f"'{node.name}' fills scores with values that are not one constant")
     if not value <= _HIDING_FILL:
         raise _NotAttentionError(f"'{node.name}' fills scores with {value:g}, which does not hide them")
     assert isinstance(mask, fx.Node)
-    return [_Step(kind, value, mask, axes)]
+    return [Step(kind, value, mask, axes)]
 
 
 @dataclass
@@ -520,8 +486,8 @@ class _Roles:
     constants: Mapping[str, Tensor]
 
     def peel(
-        self, operand: _Operand, dtype: torch.dtype, *, with_scale: bool
-    ) -> tuple[_Operand, float, tuple[tuple[Atom, ...], ...] | None]:
+        self, operand: Operand, dtype: torch.dtype, *, with_scale: bool
+    ) -> tuple[Operand, float, tuple[tuple[Atom, ...], ...] | None]:
         """The operand before transposes, copies, scales by a number, and views that only merge batch axes.
 
         Also the product of these scales, and the batch axes as the operand had them before they were merged.
@@ -545,7 +511,7 @@ class _Roles:
             if len(before) > len(axes):
                 merged = self._batch_axes(before) or merged
             node, axes = source, before
-        return _Operand(node, axes), scale, merged
+        return Operand(node, axes), scale, merged
 
     def _scale(self, node: fx.Node) -> tuple[fx.Node, float] | None:
         left, right = node.args[:2]
@@ -620,231 +586,3 @@ class _Roles:
         if len(others) != 2 or len(axes) < 4:
             return None
         return tuple(axis for axis in axes if axis not in others)
-
-
-def _replace(match: _Match) -> None:
-    """Put the call in the place of the product with the values."""
-    atoms, out = match.atoms, match.out
-    cursor = Cursor(out)
-    outer, heads = _batch_and_heads(match)
-    query, key = atoms.leaves(match.query), atoms.leaves(match.key)
-    depth, value_depth = atoms.leaves(match.depth), atoms.leaves(match.value_depth)
-    dtype = _widest(*(x.node.meta["val"].dtype for x in (match.q, match.k, match.v)))
-    q, k, v = (
-        _cast(cursor, _arrange(cursor, atoms, operand, (outer, heads, rows, columns)), dtype)
-        for operand, rows, columns in (
-            (match.q, query, depth),
-            (match.k, key, depth),
-            (match.v, key, value_depth),
-        )
-    )
-    builder = _MaskBuilder(cursor, atoms, (outer, heads, query, key), dtype)
-    scale = match.scale
-    later = [math.prod(s.number for s in match.steps[i + 1 :] if s.kind == "scale") for i in range(len(match.steps))]
-    for step, factor in zip(match.steps, later, strict=True):
-        if step.kind == "scale":
-            scale *= step.number
-        elif step.kind in ("multiply", "divide"):
-            assert step.tensor is not None
-            tensor = _cast(cursor, builder.arranged(step), dtype)
-            target = aten.div.Tensor if step.kind == "divide" else aten.mul.Tensor
-            if node_shape(tensor)[-1] == 1:
-                q = cursor.call(target, q, tensor)
-            else:
-                k = cursor.call(target, k, cursor.call(aten.transpose.int, tensor, -2, -1))
-            builder.rescale(target, tensor)
-        else:
-            builder.add(step, factor)
-    if scale <= 0:
-        # Kernels disagree on negative scales.
-        q, scale = cursor.call(aten.mul.Tensor, q, scale), 1.0
-    attended = cursor.call(
-        aten.scaled_dot_product_attention.default, q, k, v, builder.mask(), 0.0, False, scale=float(scale)
-    )
-    axes: Axes = (outer, heads, query, value_depth)
-    restored = _restore(cursor, atoms, attended, axes, match.out_axes, node_shape(out))
-    replace_node(out, _cast(cursor, restored, out.meta["val"].dtype))
-
-
-def _batch_and_heads(match: _Match) -> tuple[tuple[Atom, ...], tuple[Atom, ...]]:
-    """Batch axes as B and N: N is the last of them, with groups of queries that share keys."""
-    atoms = match.atoms
-    batch = [atoms.leaves(axis) for axis in match.batch]
-    if len(batch) == 1:
-        (only,) = batch
-        return (only[:-1], only[-1:]) if len(only) > 1 else (only, ())
-    if not batch:
-        return (), ()
-    last = len(batch) - 1
-    with_keys = set(atoms.flat(match.k.axes))
-    while last > 1 and batch[last] and not set(batch[last]) & with_keys:
-        last -= 1
-    outer = tuple(a for axis in batch[:last] for a in axis)
-    return outer, tuple(a for axis in batch[last:] for a in axis)
-
-
-def _widest(*dtypes: torch.dtype) -> torch.dtype:
-    widest = dtypes[0]
-    for dtype in dtypes[1:]:
-        widest = torch.promote_types(widest, dtype)
-    return widest
-
-
-def _cast(cursor: Cursor, node: fx.Node, dtype: torch.dtype) -> fx.Node:
-    return node if node.meta["val"].dtype == dtype else cursor.call(aten._to_copy.default, node, dtype=dtype)
-
-
-def _view(cursor: Cursor, node: fx.Node, shape: tuple[int, ...]) -> fx.Node:
-    if node_shape(node) == shape:
-        return node
-    target = aten.view.default if viewable(node.meta["val"], shape) else aten.reshape.default
-    return cursor.call(target, node, list(shape))
-
-
-def _permuted(cursor: Cursor, node: fx.Node, order: list[int]) -> fx.Node:
-    moved = [i for i, source in enumerate(order) if i != source]
-    if not moved:
-        return node
-    if len(moved) == 2:
-        return cursor.call(aten.transpose.int, node, *moved)
-    return cursor.call(aten.permute.default, node, order)
-
-
-def _arrange(
-    cursor: Cursor, atoms: Atoms, operand: _Operand, groups: Axes, *, keep_ones: tuple[bool, ...] = (False,) * 4
-) -> fx.Node:
-    """The tensor with one axis for each group of atoms.
-
-    Groups that the tensor lacks entirely stay of size one where `keep_ones`, else it is expanded.
-    """
-    have = [atoms.leaves(axis) for axis in operand.axes]
-    present = {atom for axis in have for atom in axis}
-    wanted = [tuple(atom for atom in group if atom in present) for group in groups]
-    node = operand.node
-    filled = [axis for axis in have if axis]
-    whole = [group for group in wanted if group]
-    if sorted(filled) == sorted(whole):
-        # No axis has to be cut: one transpose at most, between axes as they are.
-        source = _view(cursor, node, atoms.shape(tuple(have) if len(have) == 4 else tuple(filled)))
-        shaped = have if len(have) == 4 else filled
-        order = _axis_order(shaped, wanted if len(have) == 4 else whole)
-        node = _permuted(cursor, source, order)
-    else:
-        flat = [atom for axis in have for atom in axis]
-        node = _view(cursor, node, atoms.shape(tuple((atom,) for atom in flat)))
-        ordered = [atom for group in wanted for atom in group]
-        node = _permuted(cursor, node, [flat.index(atom) for atom in ordered])
-    partial = [bool(got) and got != tuple(group) for got, group in zip(wanted, groups, strict=True)]
-    if any(partial):
-        fine = [atom for group in groups for atom in group]
-        node = _view(cursor, node, tuple(atoms.size([a]) if a in present else 1 for a in fine))
-        sizes = [
-            atoms.size([atom]) if atom in present or part or not keep else 1
-            for group, part, keep in zip(groups, partial, keep_ones, strict=True)
-            for atom in group
-        ]
-        if tuple(sizes) != node_shape(node):
-            node = cursor.call(aten.expand.default, node, sizes)
-    shape = tuple(
-        atoms.size(group) if (got or part) else 1 for got, part, group in zip(wanted, partial, groups, strict=True)
-    )
-    if math.prod(shape) == math.prod(node_shape(node)):
-        node = _view(cursor, node, shape)
-    full = tuple(
-        1 if keep and not got else atoms.size(group) for got, keep, group in zip(wanted, keep_ones, groups, strict=True)
-    )
-    if node_shape(node) == full:
-        return node
-    if math.prod(shape) != math.prod(node_shape(node)):
-        return _view(cursor, node, full)
-    return cursor.call(aten.expand.default, node, list(full))
-
-
-def _axis_order(have: list[tuple[Atom, ...]], wanted: list[tuple[Atom, ...]]) -> list[int]:
-    """Which axis goes where; axes of size one keep their order."""
-    left = list(range(len(have)))
-    order = []
-    for group in wanted:
-        source = next(i for i in left if have[i] == group)
-        left.remove(source)
-        order.append(source)
-    return order
-
-
-def _restore(cursor: Cursor, atoms: Atoms, node: fx.Node, axes: Axes, wanted: Axes, shape: tuple[int, ...]) -> fx.Node:
-    """The attended values with the axes that the second product had."""
-    targets = [atoms.leaves(axis) for axis in wanted]
-    if len(targets) == len(axes) and sorted(targets) == sorted(axes):
-        return _view(cursor, _permuted(cursor, node, _axis_order(list(axes), targets)), shape)
-    flat = [atom for axis in axes for atom in axis]
-    node = _view(cursor, node, atoms.shape(tuple((atom,) for atom in flat)))
-    ordered = [atom for target in targets for atom in target]
-    node = _permuted(cursor, node, [flat.index(atom) for atom in ordered])
-    return _view(cursor, node, shape)
-
-
-@dataclass
-class _MaskBuilder:
-    """Collects what is added to the scores and what hides them, in their order."""
-
-    cursor: Cursor
-    atoms: Atoms
-    groups: Axes
-    dtype: torch.dtype
-    added: fx.Node | None = None
-    visible: fx.Node | None = None
-
-    def arranged(self, step: _Step) -> fx.Node:
-        """The step's tensor as [B or 1, N or 1, S_q or 1, S_k or 1]."""
-        assert step.tensor is not None
-        shape = node_shape(step.tensor)
-        axes: Axes = tuple(
-            () if size == 1 else axis
-            for size, axis in zip(shape, step.axes[len(step.axes) - len(shape) :], strict=True)
-        )
-        return _arrange(self.cursor, self.atoms, _Operand(step.tensor, axes), self.groups, keep_ones=(True,) * 4)
-
-    def add(self, step: _Step, factor: float) -> None:
-        if step.kind == "add":
-            self._add(step, factor * step.number)
-            return
-        mask = _cast(self.cursor, self.arranged(step), torch.bool)
-        if step.number == -math.inf:
-            visible = mask if step.kind == "keep" else self._negated(mask)
-            both = None if self.visible is None else self.cursor.call(aten.logical_and.default, self.visible, visible)
-            self.visible = both or visible
-            return
-        hidden = mask if step.kind == "hide" else self._negated(mask)
-        base = self.added
-        if base is None:
-            shape, device = list(node_shape(hidden)), hidden.meta["val"].device
-            base = self.cursor.call(aten.full.default, shape, 0.0, dtype=self.dtype, device=device)
-        self.added = self.cursor.call(aten.masked_fill.Scalar, base, hidden, torch.finfo(self.dtype).min)
-
-    def _add(self, step: _Step, factor: float) -> None:
-        tensor = self.arranged(step)
-        if node_shape(tensor)[-1] == 1:
-            return  # the same for all keys of a query: the softmax takes it out again
-        tensor = _cast(self.cursor, tensor, self.dtype)
-        if factor != 1:
-            tensor = self.cursor.call(aten.mul.Tensor, tensor, factor)
-        self.added = tensor if self.added is None else self.cursor.call(aten.add.Tensor, self.added, tensor)
-
-    def _negated(self, mask: fx.Node) -> fx.Node:
-        if is_call(mask, aten.logical_not, aten.bitwise_not):
-            source = mask.args[0]
-            assert isinstance(source, fx.Node)
-            if source.meta["val"].dtype == torch.bool:
-                return source
-        return self.cursor.call(aten.logical_not.default, mask)
-
-    def rescale(self, target: Any, tensor: fx.Node) -> None:
-        if self.added is not None:
-            self.added = self.cursor.call(target, self.added, tensor)
-
-    def mask(self) -> fx.Node | None:
-        """A boolean mask, an additive one, or both as an additive one."""
-        if self.visible is None or self.added is None:
-            return self.visible if self.added is None else self.added
-        hidden = self._negated(self.visible)
-        return self.cursor.call(aten.masked_fill.Scalar, self.added, hidden, -math.inf)
