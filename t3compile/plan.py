@@ -249,7 +249,7 @@ def _site_from_json(data: object, position: int) -> SitePlan:
 def parse_schedule(text: str) -> str | Schedule | Mapping[TokenGrid, str | Schedule]:
     """Read a schedule from the command line: ``auto``, a preset's name, or splits ``5,1,1/1,3,4``.
 
-    ``TxHxW=SCHEDULE;TxHxW=SCHEDULE`` gives every grid its own.
+    ``TxHxW=SCHEDULE;TxHxW=SCHEDULE`` gives every grid its own. PatternError where it is none of these.
     """
     if "=" not in text:
         return _parse_one_schedule(text)
@@ -269,7 +269,7 @@ def parse_schedule(text: str) -> str | Schedule | Mapping[TokenGrid, str | Sched
 
 def _parse_one_schedule(text: str) -> str | Schedule:
     if not any(character.isdigit() for character in text) or "-" in text:
-        return text
+        return text if text == "auto" else preset_named(text).name
     triples: list[tuple[int, int, int]] = []
     for part in text.split("/"):
         numbers = part.strip().strip("()").split(",")

@@ -264,23 +264,61 @@ def _refused(result: Result, *texts: str) -> None:
 
 def test_a_grid_that_does_not_fit_names_the_numbers(source: tuple[str, ...]) -> None:
     _refused(_invoke("inspect", *source, "--grid", "3x4x7"), "3x4x7", "72")
-    _refused(_invoke("inspect", *source, "--grid", "3 by 4"), "grid '3 by 4' is not of the form TxHxW")
-    _refused(_invoke("inspect", *source, "--grid", "0x4x6"), "at least 1")
 
 
 @pytest.mark.parametrize(
     ("schedule", "texts"),
-    [
-        ("1,2", ["schedule '1,2'", "three whole numbers"]),
-        ("1,2,3/x", ["'x' is not three whole numbers"]),
-        ("9,1,1", ["(9,1,1)", "3x4x6", "axis t has 3 tokens"]),
-        ("0,1,1", ["at least 1"]),
-        ("t3-wan2.1-4k", ["t3-wan2.1-4k", "3x4x6"]),
-        ("best", ["best"]),
-    ],
+    [("9,1,1", ["(9,1,1)", "3x4x6", "axis t has 3 tokens"]), ("t3-wan2.1-4k", ["t3-wan2.1-4k", "3x4x6"])],
 )
-def test_a_bad_schedule_is_named(schedule: str, texts: list[str], source: tuple[str, ...]) -> None:
+def test_a_schedule_that_does_not_fit_is_named(schedule: str, texts: list[str], source: tuple[str, ...]) -> None:
     _refused(_invoke("plan", *source, "--schedule", schedule), *texts)
+
+
+WRONG_SCHEDULES = {
+    ("--schedule", "1,2"): ["schedule '1,2'", "three whole numbers"],
+    ("--schedule", "1,2,3/x"): ["'x' is not three whole numbers"],
+    ("--schedule", "0,1,1"): ["at least 1"],
+    ("--schedule", "best"): ["schedule 'best' is unknown", "auto"],
+    ("--grid", "3 by 4"): ["grid '3 by 4' is not of the form TxHxW"],
+    ("--grid", "0x4x6"): ["at least 1"],
+}
+WRONG_PLANS = {
+    ("--plan", "none.json"): ["cannot read the plan", "none.json"],
+    ("--plan", "bad.json"): ["the plan is not JSON"],
+}
+TAKES = {
+    ("inspect",): WRONG_SCHEDULES,
+    ("plan",): WRONG_SCHEDULES,
+    ("cost",): WRONG_SCHEDULES | WRONG_PLANS,
+    ("rewrite", "-o", "x.pt2"): WRONG_SCHEDULES | WRONG_PLANS,
+    ("bench",): WRONG_SCHEDULES | WRONG_PLANS,
+    ("kernels", "build", "-o", "kernels"): WRONG_SCHEDULES | WRONG_PLANS,
+    ("verify", "x.pt2"): WRONG_PLANS,
+}
+
+
+@pytest.mark.parametrize(
+    ("command", "mistake", "texts"),
+    [(command, mistake, texts) for command, wrong in TAKES.items() for mistake, texts in wrong.items()],
+)
+def test_a_mistake_in_planning_is_told_before_the_model_is_traced(
+    command: tuple[str, ...],
+    mistake: tuple[str, str],
+    texts: list[str],
+    source: tuple[str, ...],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def load(*_: Any, **__: Any) -> None:
+        raise AssertionError("traced a model that cannot be planned")
+
+    monkeypatch.setattr("t3compile.pipeline.load_program", load)
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "bad.json").write_text("{")
+    name, *rest = command
+    arguments = (name, *source, *rest) if name == "verify" else (*command, *source)
+    _refused(_invoke(*arguments, *mistake), *texts)
+    assert [file.name for file in tmp_path.iterdir()] == ["bad.json"]
 
 
 def test_bad_models_are_named(tmp_path: Path, line: Line) -> None:
@@ -313,14 +351,12 @@ def test_bad_plans_are_named(source: tuple[str, ...], line: Line, tmp_path: Path
             output = ("-o", str(tmp_path / "x.pt2")) if command == "rewrite" else ()
             _refused(_invoke(command, *source, "--plan", tmp_path / "plan.json", *output), *texts)
 
-    refused("{", "the plan is not JSON")
     elsewhere = json.dumps(plan | {"fingerprint": "0" * 64})
     refused(elsewhere, "made for another graph", "000000000000", commands=("cost", "rewrite"))
     refused(json.dumps(plan | {"t3compile_plan": 9}), "plan version 9")
     refused(json.dumps(plan | {"sites": plan["sites"][:1]}), "lacks the sites")
     site = plan["sites"][0] | {"pattern": {"kind": "bands"}}
     refused(json.dumps(plan | {"sites": [site, *plan["sites"][1:]]}), "sites[0]", "pattern kind 'bands' is unknown")
-    _refused(_invoke("cost", *source, "--plan", tmp_path / "none.json"), "cannot read the plan", "none.json")
     assert [file.name for file in tmp_path.iterdir()] == ["plan.json"]
 
 

@@ -302,9 +302,14 @@ def test_schedule_on_the_command_line(text: str, expected: list[tuple[int, int, 
     assert parse_schedule(text) == Schedule.from_splits(expected)
 
 
-@pytest.mark.parametrize("text", ["auto", "t3-wan2.1-4k", "nonsense"])
+@pytest.mark.parametrize("text", ["auto", "t3-wan2.1-4k"])
 def test_names_of_schedules_are_left_for_make_plan(text: str) -> None:
     assert parse_schedule(text) == text
+
+
+def test_an_unknown_name_of_a_schedule_is_refused_with_those_there_are() -> None:
+    with pytest.raises(PatternError, match=r"'nonsense' is unknown; known: auto, t3-wan2\.1-4k"):
+        parse_schedule("nonsense")
 
 
 @pytest.mark.parametrize("text", ["5,1", "5,1,1/", "5,1,1/a,b,c", "5,1,1,1", "5.0,1,1"])

@@ -21,7 +21,7 @@ from t3compile.cli.options import (
     refuse_options,
     shielded,
 )
-from t3compile.cli.steps import load_model, say_what_is_left, survey_and_plan
+from t3compile.cli.steps import Planning, load_model, say_what_is_left
 from t3compile.errors import InputsError
 
 if TYPE_CHECKING:
@@ -193,10 +193,11 @@ def _workload(label: str, options: dict[str, Any]) -> Workload:
     from t3compile.pipeline import rewrite
 
     planned = {name: options[name] for name in ("grid", "schedule", "min_tokens", "plan_file")}
+    planning = Planning.read(**planned)
     program = load_model({name: value for name, value in options.items() if name not in planned})
     if program.plan is not None:
         return Workload.of_model(label, program)
-    survey, plan = survey_and_plan(program, **planned)
+    survey, plan = planning.of(program)
     say_what_is_left(survey, plan)
     return Workload.of_model(label, rewrite(program, plan), program)
 

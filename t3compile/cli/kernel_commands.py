@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from t3compile.cli.options import grid_option, json_option, model_options, plan_options, refuse_options, shielded
-from t3compile.cli.steps import load_model, say_what_is_left, survey_and_plan
+from t3compile.cli.steps import Planning, load_model, say_what_is_left
 
 if TYPE_CHECKING:
     from t3compile.program import Program
@@ -74,7 +74,8 @@ def build(
         numbers |= {"dtype": options["dtype"], "batch": options["batch"]}
     else:
         check_source(model)
-        source = _rewritten({**options, "model": model}, grid, schedule, min_tokens, plan_file)
+        planning = Planning.read(grid, schedule, min_tokens, plan_file)
+        source = _rewritten({**options, "model": model}, planning)
     with progress() as step:
         built = build_kernels(
             source,
@@ -97,15 +98,13 @@ def build(
     say(f"wrote {output}: {len(built.tactics)} kernels")
 
 
-def _rewritten(
-    options: dict[str, Any], grid: str | None, schedule: str, min_tokens: int | None, plan_file: Path | None
-) -> Program:
+def _rewritten(options: dict[str, Any], planning: Planning) -> Program:
     """The model with its plan carried out: the file's own, or that of the options."""
     from t3compile.pipeline import rewrite
 
     program = load_model(options)
     if program.plan is not None:
         return program
-    survey, plan = survey_and_plan(program, grid, schedule, min_tokens, plan_file)
+    survey, plan = planning.of(program)
     say_what_is_left(survey, plan)
     return rewrite(program, plan)

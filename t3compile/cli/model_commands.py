@@ -19,12 +19,11 @@ from t3compile.cli.options import (
     shielded,
 )
 from t3compile.cli.steps import (
+    Planning,
     load_model,
     probe_or_exit,
-    read_plan,
     say_assumptions_and_limits,
     say_what_is_left,
-    survey_and_plan,
 )
 from t3compile.errors import OutputError, PlanError
 
@@ -46,8 +45,9 @@ def inspect(
     from t3compile.cost import plan_cost
     from t3compile.report import show_cost, show_json, show_plan, show_survey
 
+    planning = Planning.read(grid, schedule, min_tokens)
     program = load_model(options)
-    survey, plan = survey_and_plan(program, grid, schedule, min_tokens, None)
+    survey, plan = planning.of(program)
     probed = probe_or_exit(program, survey, quiet=as_json) if probe else None
     costs = plan_cost(survey, plan)
     if as_json:
@@ -84,8 +84,9 @@ def plan(
 
     if output is not None:
         check_writable(output)
+    planning = Planning.read(grid, schedule, min_tokens)
     program = load_model(options)
-    survey, made = survey_and_plan(program, grid, schedule, min_tokens, None)
+    survey, made = planning.of(program)
     if probe:
         probe_or_exit(program, survey, quiet=as_json)
     if output is not None:
@@ -118,7 +119,8 @@ def cost(
     from t3compile.cost import plan_cost
     from t3compile.report import show_cost, show_json, show_site_costs
 
-    survey, chosen = survey_and_plan(load_model(options), grid, schedule, min_tokens, plan_file)
+    planning = Planning.read(grid, schedule, min_tokens, plan_file)
+    survey, chosen = planning.of(load_model(options))
     costs = plan_cost(survey, chosen)
     if as_json:
         show_json(costs.to_json())
@@ -172,9 +174,10 @@ def rewrite(
             "one out"
         )
     check_writable(output)
+    planning = Planning.read(grid, schedule, min_tokens, plan_file)
     program = load_model(options)
     program.check_savable(output, external=external)
-    survey, chosen = survey_and_plan(program, grid, schedule, min_tokens, plan_file)
+    survey, chosen = planning.of(program)
     probed = probe_or_exit(program, survey, quiet=as_json) if probe else None
     rewritten = rewrite_program(program, chosen, portable=portable)
     report = None
@@ -245,17 +248,16 @@ def verify(rewritten: Path, probe: bool, as_json: bool, plan_file: Path | None, 
     from t3compile.loading.map_archive import refers_to_weights
     from t3compile.pipeline import load_program
     from t3compile.pipeline import verify as verify_programs
+    from t3compile.plan import Plan
     from t3compile.report import progress, show_json, show_verification
 
+    given = None if plan_file is None else Plan.read(plan_file)
     program = load_model(options)
     # Naming MODEL names the folders of its weights.
     folders = {extent.file.path.parent for extent in program.external_weights().values()}
     result = load_program(rewritten, weights=sorted(folders) if folders and refers_to_weights(rewritten) else None)
-    if plan_file is not None:
-        chosen = read_plan(plan_file)
-    elif result.plan is not None:
-        chosen = result.plan
-    else:
+    chosen = given or result.plan
+    if chosen is None:
         raise PlanError(f"'{rewritten}' carries no plan: give the one it was made with as --plan FILE")
     with progress() as step:
         report = verify_programs(program, result, chosen, probe=probe, thorough=thorough, progress=step)

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from t3compile.cli.options import CHECK_FAILED, LEFT_FULL
 
 if TYPE_CHECKING:
+    from t3compile.geometry import GridHint
     from t3compile.inputs import VideoSize
-    from t3compile.plan import Plan
+    from t3compile.plan import Plan, ScheduleChoice
     from t3compile.probing import ProbeReport
     from t3compile.program import Program
     from t3compile.sites import SiteSurvey
@@ -49,34 +51,40 @@ def load_model(options: dict[str, Any]) -> Program:
     return program
 
 
-def make_plan_of(survey: SiteSurvey, schedule: str, min_tokens: int | None) -> Plan:
-    from t3compile.plan import MIN_TOKENS, make_plan, parse_schedule
+@dataclass(frozen=True)
+class Planning:
+    """What the planning options ask for, read before a model is loaded: a mistake in them costs no tracing."""
 
-    minimum = MIN_TOKENS if min_tokens is None else min_tokens
-    return make_plan(survey, parse_schedule(schedule), min_tokens=minimum)
+    grid: GridHint | None
+    schedule: ScheduleChoice
+    min_tokens: int
+    plan: Plan | None
 
+    @classmethod
+    def read(cls, grid: str | None, schedule: str, min_tokens: int | None, plan_file: Path | None = None) -> Planning:
+        from t3compile.geometry import GridHint
+        from t3compile.plan import MIN_TOKENS, Plan, parse_schedule
 
-def read_plan(path: Path) -> Plan:
-    from t3compile.plan import Plan
+        return cls(
+            None if grid is None else GridHint.parse(grid),
+            parse_schedule(schedule),
+            MIN_TOKENS if min_tokens is None else min_tokens,
+            None if plan_file is None else Plan.read(plan_file),
+        )
 
-    return Plan.read(path)
+    def of(self, program: Program) -> tuple[SiteSurvey, Plan]:
+        """What was found in a program, and the plan of the file or of the schedule."""
+        from t3compile.pipeline import detect, detect_for
+        from t3compile.plan import make_plan
 
-
-def survey_and_plan(
-    program: Program, grid: str | None, schedule: str, min_tokens: int | None, plan_file: Path | None
-) -> tuple[SiteSurvey, Plan]:
-    """What was found, and the plan of the file or of the schedule."""
-    from t3compile.pipeline import detect, detect_for
-
-    if plan_file is None:
-        survey = detect(program, grid)
-        return survey, make_plan_of(survey, schedule, min_tokens)
-    chosen = read_plan(plan_file)
-    if grid is None:
-        return detect_for(program, chosen), chosen
-    survey = detect(program, grid)
-    chosen.check_against(survey)
-    return survey, chosen
+        if self.plan is None:
+            survey = detect(program, self.grid)
+            return survey, make_plan(survey, self.schedule, min_tokens=self.min_tokens)
+        if self.grid is None:
+            return detect_for(program, self.plan), self.plan
+        survey = detect(program, self.grid)
+        self.plan.check_against(survey)
+        return survey, self.plan
 
 
 def say_assumptions_and_limits(survey: SiteSurvey, plan: Plan) -> None:
