@@ -1,8 +1,7 @@
-"""A call of one of aten's operators, read from its node: name, operands, arguments, what it yields when carried out."""
+"""A call of one of aten's operators, read from its node: name, arguments, sizes, what it yields when carried out."""
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -39,20 +38,6 @@ _SAME_AS = {
     "unsafe_chunk": "chunk",
 }
 
-# Of these only the operand's shape and dtype count.
-SHAPE_ONLY = frozenset(
-    {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "zero", "empty_like", "new_empty"}
-)
-
-# Nothing is said of what these make, so their operands are not looked at.
-_OPAQUE = frozenset(
-    {
-        *("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention", "embedding"),
-        *("convolution", "conv1d", "conv2d", "conv3d", "layer_norm", "native_layer_norm", "rms_norm", "group_norm"),
-        *("native_group_norm", "batch_norm", "softmax", "_softmax", "empty_like", "new_empty", "empty"),
-    }
-)
-
 
 def operator_name(node: fx.Node) -> str | None:
     """The operator's name without namespace and overload, for aten's own."""
@@ -63,28 +48,6 @@ def operator_name(node: fx.Node) -> str | None:
     if target._overloadname == "other" and packet in ("max", "min"):
         return f"{packet}imum"
     return _SAME_AS.get(packet, packet)
-
-
-def is_followed(node: fx.Node) -> bool:
-    """Whether the result may depend on the operands alone, and knowing them may help."""
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload):
-        return False
-    if torch.Tag.nondeterministic_seeded in target.tags or target._schema.is_mutable:
-        return False
-    return operator_name(node) not in _OPAQUE
-
-
-def operands_of(node: fx.Node) -> list[fx.Node]:
-    """The nodes whose values can matter for this one's."""
-    if node.op != "call_function":
-        return []
-    if node.target is operator.getitem:
-        return list(node.all_input_nodes)
-    name = operator_name(node)
-    if name is None or name in SHAPE_ONLY or not is_followed(node):
-        return []
-    return list(node.all_input_nodes)
 
 
 def arguments_of(node: fx.Node) -> dict[str, Any]:
@@ -107,9 +70,11 @@ def element_counts(node: fx.Node) -> Iterable[int]:
     return (x.numel() for x in pytree.tree_leaves(node.meta.get("val")) if isinstance(x, Tensor))
 
 
-def shape_of(node: fx.Node) -> tuple[int, ...]:
-    """The shape, static, of the one tensor that the call yields."""
-    return tuple(int(n) for n in node.meta["val"].shape)
+def node_shape(node: fx.Node) -> tuple[int, ...]:
+    """The shape, static, of the one tensor that a node yields."""
+    value = node.meta["val"]
+    assert isinstance(value, Tensor)
+    return tuple(int(size) for size in value.shape)
 
 
 def replaced(node: fx.Node, values: Mapping[fx.Node, Any]) -> tuple[list[Any], dict[str, Any]]:
@@ -119,7 +84,10 @@ def replaced(node: fx.Node, values: Mapping[fx.Node, Any]) -> tuple[list[Any], d
 
 
 def carry_out(node: fx.Node, known: Mapping[fx.Node, Tensor], pointwise: bool = False) -> Any:
-    """The call on real tensors; None where torch refuses."""
+    """What the call yields on real tensors, on the CPU; None where torch refuses.
+
+    ``pointwise``: the operands are columns of elements, to which memory formats do not apply.
+    """
     args, kwargs = replaced(node, known)
     if "device" in kwargs:
         kwargs["device"] = torch.device("cpu")

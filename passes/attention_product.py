@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, fx
+from torch import fx
 
+from t3compile.passes.aten_calls import node_shape
 from t3compile.passes.graph_pass import is_call
 
 aten = torch.ops.aten
@@ -32,12 +33,6 @@ class Product:
     alpha: float = 1.0
     addend: fx.Node | None = None
     beta: float = 0.0
-
-
-def node_shape(node: fx.Node) -> tuple[int, ...]:
-    value = node.meta["val"]
-    assert isinstance(value, Tensor)
-    return tuple(int(size) for size in value.shape)
 
 
 def read_product(node: fx.Node) -> Product | None:

@@ -20,15 +20,8 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.utils import _pytree as pytree
 
 from t3compile.errors import InputsError, WeightsError
-from t3compile.passes.aten_calls import (
-    SHAPE_ONLY,
-    carry_out,
-    element_counts,
-    is_followed,
-    operands_of,
-    operator_name,
-    replaced,
-)
+from t3compile.passes.aten_calls import carry_out, element_counts, operator_name, replaced
+from t3compile.passes.movement_rules import MOVEMENT_RULES, NumbersValue
 from t3compile.passes.number_table import NumberTable
 from t3compile.passes.value_numbers import LARGEST, Numbers, align, representatives
 from t3compile.passes.value_ranges import (
@@ -44,8 +37,21 @@ from t3compile.passes.value_ranges import (
     convert,
     dtype_limits,
 )
-from t3compile.passes.value_structures import STRUCTURES, Value
 from t3compile.program import Program
+
+# Of these only the operand's shape and dtype count.
+_SHAPE_ONLY = frozenset(
+    {"zeros_like", "ones_like", "full_like", "new_zeros", "new_ones", "new_full", "zero", "empty_like", "new_empty"}
+)
+
+# The analysis says nothing of what these make, so their operands are not looked at.
+_OPAQUE = frozenset(
+    {
+        *("linear", "matmul", "mm", "bmm", "addmm", "baddbmm", "einsum", "scaled_dot_product_attention", "embedding"),
+        *("convolution", "conv1d", "conv2d", "conv3d", "layer_norm", "native_layer_norm", "rms_norm", "group_norm"),
+        *("native_group_norm", "batch_norm", "softmax", "_softmax", "empty_like", "new_empty", "empty"),
+    }
+)
 
 # Rows are compared up to this many elements.
 _LARGEST_COMPARED = 2**20
@@ -83,7 +89,7 @@ class ValueBounds:
         self._program = program
         self._assume = dict(assume or {})
         self._table = NumberTable()
-        self._values: dict[fx.Node, Value] = {}
+        self._values: dict[fx.Node, NumbersValue] = {}
         self._specs = {s.arg.name: s for s in program.exported.graph_signature.input_specs if hasattr(s.arg, "name")}
         unknown = self._assume.keys() - input_names(program)
         if unknown:
@@ -114,7 +120,7 @@ class ValueBounds:
         return Bounds(low, high, nan, dense)
 
     def numbers(self, node: fx.Node) -> Numbers | None:
-        """Value numbers of the tensor that `node` yields; None where it is too large or not a tensor."""
+        """NumbersValue numbers of the tensor that `node` yields; None where it is too large or not a tensor."""
         for ancestor in self._pending(node):
             self._values[ancestor] = self._evaluate(ancestor)
         value = self._values[node]
@@ -134,7 +140,7 @@ class ValueBounds:
             current = stack.pop()
             if current not in found:
                 found.add(current)
-                stack.extend(() if operator_name(current) in SHAPE_ONLY else current.all_input_nodes)
+                stack.extend(() if operator_name(current) in _SHAPE_ONLY else current.all_input_nodes)
         return tuple(x.name for x in sorted(found) if x.op == "placeholder" and x.name in names)
 
     def _pending(self, node: fx.Node) -> list[fx.Node]:
@@ -145,10 +151,10 @@ class ValueBounds:
             current = stack.pop()
             if current not in found and current not in self._values:
                 found.add(current)
-                stack.extend(operands_of(current))
+                stack.extend(_operands(current))
         return sorted(found)
 
-    def _evaluate(self, node: fx.Node) -> Value:
+    def _evaluate(self, node: fx.Node) -> NumbersValue:
         result = node.meta.get("val")
         if node.op == "placeholder":
             return self._placeholder(node) if isinstance(result, Tensor) else None
@@ -165,18 +171,18 @@ class ValueBounds:
             ]
         return [self._unknown(x) if isinstance(x, Tensor) else None for x in result]
 
-    def _call(self, node: fx.Node) -> Value:
+    def _call(self, node: fx.Node) -> NumbersValue:
         if node.target is operator.getitem:
             source, index = node.args
             assert isinstance(source, fx.Node) and isinstance(index, int)
             values = self._values.get(source)
             return values[index] if isinstance(values, list) else None
         name = operator_name(node)
-        if name is None or not is_followed(node):
+        if name is None or not _is_followed(node):
             return None
-        if name in STRUCTURES:
+        if name in MOVEMENT_RULES:
             try:
-                value = STRUCTURES[name](self, node)
+                value = MOVEMENT_RULES[name](self, node)
             except (IndexError, KeyError, RuntimeError, TypeError, ValueError):
                 # An overload with other arguments than the rule reads: it is as one without a rule.
                 value = None
@@ -261,12 +267,12 @@ class ValueBounds:
         lo, _, _, constant = self._table.look_up(numbers)
         return lo.to(dtype) if bool(constant.all()) else None
 
-    def _computed(self, node: fx.Node) -> Value:
+    def _computed(self, node: fx.Node) -> NumbersValue:
         """What an operation on known tensors yields, by carrying it out; None where an operand is not known."""
         if "empty" in str(operator_name(node)) or sum(element_counts(node)) > LARGEST:
             return None
         try:
-            known = {source: self.exact(source) for source in operands_of(node)}
+            known = {source: self.exact(source) for source in _operands(node)}
         except ValueError:
             return None
         result = carry_out(node, known)
@@ -276,9 +282,9 @@ class ValueBounds:
             return [self.constant(x) if isinstance(x, Tensor) else None for x in result]
         return None
 
-    def _elementwise(self, node: fx.Node, name: str) -> Value:
+    def _elementwise(self, node: fx.Node, name: str) -> NumbersValue:
         """Every combination of operand numbers once: carried out where all are known, else by the rule's bounds."""
-        operands = operands_of(node)
+        operands = _operands(node)
         values = [self._values.get(source) for source in operands]
         numbers = [value for value in values if isinstance(value, Numbers)]
         if len(numbers) != len(values) or not numbers:
@@ -456,6 +462,28 @@ def _is_elementwise(node: fx.Node) -> bool:
     target = node.target
     assert isinstance(target, torch._ops.OpOverload)
     return torch.Tag.pointwise in target.tags or operator_name(node) in RULES
+
+
+def _is_followed(node: fx.Node) -> bool:
+    """Whether the result may depend on the operands alone, and knowing them may help."""
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload):
+        return False
+    if torch.Tag.nondeterministic_seeded in target.tags or target._schema.is_mutable:
+        return False
+    return operator_name(node) not in _OPAQUE
+
+
+def _operands(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose values can matter for this one's."""
+    if node.op != "call_function":
+        return []
+    if node.target is operator.getitem:
+        return list(node.all_input_nodes)
+    name = operator_name(node)
+    if name is None or name in _SHAPE_ONLY or not _is_followed(node):
+        return []
+    return list(node.all_input_nodes)
 
 
 def _combinations(cores: Sequence[Tensor]) -> tuple[list[Tensor], Tensor, tuple[int, ...]]:

@@ -17,8 +17,8 @@ from dataclasses import dataclass
 import torch
 from torch import fx
 
+from t3compile.passes.aten_calls import node_shape
 from t3compile.passes.attention_call import ATTENTION, AttentionCall
-from t3compile.passes.attention_product import node_shape
 from t3compile.passes.graph_pass import Cursor, GraphPass, replace_node, viewable
 from t3compile.program import Program
 

@@ -27,7 +27,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, fx
 
-from t3compile.passes.attention_product import Product, node_shape, read_product
+from t3compile.passes.aten_calls import node_shape
+from t3compile.passes.attention_product import Product, read_product
 from t3compile.passes.axis_atoms import Atom, Atoms, Axes
 from t3compile.passes.graph_pass import GraphPass, is_call
 from t3compile.passes.matched_attention import Match, Operand, Step, write_call

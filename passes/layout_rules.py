@@ -5,6 +5,7 @@ A rule gets the tracker and the call. None stands for axes of unknown meaning.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -12,6 +13,7 @@ import torch
 from torch import Tensor, fx
 
 from t3compile.ops import WINDOW_ATTENTION
+from t3compile.passes.aten_calls import node_shape
 from t3compile.passes.layout import (
     ONE,
     Axis,
@@ -31,19 +33,35 @@ if TYPE_CHECKING:
 
 aten = torch.ops.aten
 
-Value = Layout | list[Layout] | None
-Transfer = Callable[["LayoutTracker", fx.Node], Value]
-
-
-def shape_of_tensor(value: object) -> tuple[int, ...]:
-    """The shape, static, of what must be a tensor."""
-    assert isinstance(value, Tensor)
-    return tuple(int(size) for size in value.shape)
+# Of one tensor, or of every tensor of a call that yields several.
+LayoutValue = Layout | list[Layout] | None
+Transfer = Callable[["LayoutTracker", fx.Node], LayoutValue]
 
 
 def maker_of(node: fx.Node) -> str:
     """The node in words, as reasons name the maker of an axis of unknown meaning."""
     return f"{node.target} (node '{node.name}')"
+
+
+def transfer_for(target: Any) -> Transfer | None:
+    """The rule for calls of an operator; None where there is none."""
+    if target is operator.getitem:
+        return _getitem
+    packet = getattr(target, "overloadpacket", None)
+    if packet in _TRANSFERS:
+        return _TRANSFERS[packet]
+    if isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
+        return _elementwise
+    return None
+
+
+def _getitem(tracker: LayoutTracker, node: fx.Node) -> LayoutValue:
+    source, index = node.args
+    assert isinstance(source, fx.Node)
+    value = tracker.value(source)
+    if isinstance(value, list) and isinstance(index, int) and index < len(value):
+        return value[index]
+    return None
 
 
 def _source(node: fx.Node) -> fx.Node:
@@ -52,13 +70,13 @@ def _source(node: fx.Node) -> fx.Node:
     return source
 
 
-def _same_as_input(tracker: LayoutTracker, node: fx.Node) -> Value:
+def _same_as_input(tracker: LayoutTracker, node: fx.Node) -> LayoutValue:
     return tracker.layout(_source(node))
 
 
-def elementwise(tracker: LayoutTracker, node: fx.Node) -> Value:
+def _elementwise(tracker: LayoutTracker, node: fx.Node) -> LayoutValue:
     """Broadcast: an output axis means what its operands say that have its full size."""
-    shape = shape_of_tensor(node.meta["val"])
+    shape = node_shape(node)
     axes: list[Axis | None] = [None] * len(shape)
     conflicts: set[int] = set()
     operands = [x for x in node.all_input_nodes if isinstance(x.meta.get("val"), Tensor)]
@@ -79,7 +97,7 @@ def elementwise(tracker: LayoutTracker, node: fx.Node) -> Value:
     return tracker.replace_unknown(node, axes)
 
 
-def _linear(tracker: LayoutTracker, node: fx.Node) -> Value:
+def _linear(tracker: LayoutTracker, node: fx.Node) -> LayoutValue:
     """[..., K] @ weight -> [..., M]: the last axis is new; where it held an input's tokens, they are mixed."""
     *outer, mixed = tracker.layout(_source(node))
     if any(digit.origin.is_known and digit.is_whole for segment in mixed.segments for digit in segment):
@@ -87,18 +105,18 @@ def _linear(tracker: LayoutTracker, node: fx.Node) -> Value:
     return (*outer, tracker.features(node, -1))
 
 
-def _matmul(tracker: LayoutTracker, node: fx.Node) -> Value:
+def _matmul(tracker: LayoutTracker, node: fx.Node) -> LayoutValue:
     """[..., M, K] @ [..., K, N] -> [..., M, N]."""
     tensors = [x for x in node.args if isinstance(x, fx.Node)][-2:]
     a, b = (tracker.layout(x) for x in tensors)
-    rank = len(shape_of_tensor(node.meta["val"]))
+    rank = len(node_shape(node))
     if len(a) != rank or len(b) != rank:
         return None
     batch = [join(x, y) if x.size == y.size else None for x, y in zip(a[:-2], b[:-2], strict=True)]
     return tracker.replace_unknown(node, [*batch, *(tracker.unless_filled(node, x) for x in (a[-2], b[-1]))])
 
 
-def _attention(tracker: LayoutTracker, node: fx.Node) -> Value:
+def _attention(tracker: LayoutTracker, node: fx.Node) -> LayoutValue:
     """[B, N, S, D]: the queries' tokens, the values' depth."""
     q, v = node.args[0], node.args[2]
     assert isinstance(q, fx.Node) and isinstance(v, fx.Node)
@@ -106,10 +124,10 @@ def _attention(tracker: LayoutTracker, node: fx.Node) -> Value:
     return tracker.replace_unknown(node, [*outer, tracker.unless_filled(node, tokens), tracker.layout(v)[-1]])
 
 
-def _convolution(tracker: LayoutTracker, node: fx.Node) -> Value:
+def _convolution(tracker: LayoutTracker, node: fx.Node) -> LayoutValue:
     """[B, C, *space]: positions stay ordered, `stride` input positions become one."""
     layout = tracker.layout(_source(node))
-    out_shape = shape_of_tensor(node.meta["val"])
+    out_shape = node_shape(node)
     axes: list[Axis | None] = [layout[0], tracker.features(node, 1)]
     for axis, size in zip(layout[2:], out_shape[2:], strict=True):
         axes.append(_strided(_without_padding(axis, size), size))
@@ -158,24 +176,24 @@ def _strided_stretch(segment: Segment, patch: int) -> Segment | None:
     return (Digit(digit.origin, digit.stride * patch, *sizes),)
 
 
-def _permute(tracker: LayoutTracker, node: fx.Node) -> Value:
+def _permute(tracker: LayoutTracker, node: fx.Node) -> LayoutValue:
     layout = tracker.layout(_source(node))
     dims = node.args[1]
     assert isinstance(dims, list | tuple)
     return tuple(layout[dim] for dim in dims)  # type: ignore[index]
 
 
-def _transpose(tracker: LayoutTracker, node: fx.Node) -> Value:
+def _transpose(tracker: LayoutTracker, node: fx.Node) -> LayoutValue:
     axes = list(tracker.layout(_source(node)))
     a, b = node.args[1:3] if len(node.args) > 2 else (0, -1)
     axes[a], axes[b] = axes[b], axes[a]  # type: ignore[index]
     return tuple(axes)
 
 
-def _reshape(tracker: LayoutTracker, node: fx.Node) -> Value:
+def _reshape(tracker: LayoutTracker, node: fx.Node) -> LayoutValue:
     """Match the shortest stretches of old and new axes with equal products, and redistribute their digits."""
     old = tracker.layout(_source(node))
-    new_shape = shape_of_tensor(node.meta["val"])
+    new_shape = node_shape(node)
     if 0 in new_shape:
         return None
     axes: list[Axis | None] = []
@@ -209,7 +227,7 @@ def _matching_stretch(old: Sequence[int], new: Sequence[int], i: int, j: int) ->
     return i, j
 
 
-def _unsqueeze(tracker: LayoutTracker, node: fx.Node) -> Value:
+def _unsqueeze(tracker: LayoutTracker, node: fx.Node) -> LayoutValue:
     axes = list(tracker.layout(_source(node)))
     dim = node.args[1]
     assert isinstance(dim, int)
@@ -217,10 +235,10 @@ def _unsqueeze(tracker: LayoutTracker, node: fx.Node) -> Value:
     return tuple(axes)
 
 
-def _expand(tracker: LayoutTracker, node: fx.Node) -> Value:
+def _expand(tracker: LayoutTracker, node: fx.Node) -> LayoutValue:
     """expand, repeat: one position repeated says nothing about order."""
     layout = tracker.layout(_source(node))
-    shape = shape_of_tensor(node.meta["val"])
+    shape = node_shape(node)
     padded = [ONE] * (len(shape) - len(layout)) + list(layout)
     axes: list[Axis | None] = []
     for i, (axis, size) in enumerate(zip(padded, shape, strict=True)):
@@ -235,11 +253,11 @@ def _dim(node: fx.Node, rank: int, position: int, default: int = 0) -> int:
     return dim % rank
 
 
-def _cat(tracker: LayoutTracker, node: fx.Node) -> Value:
+def _cat(tracker: LayoutTracker, node: fx.Node) -> LayoutValue:
     tensors = node.args[0]
     assert isinstance(tensors, list | tuple)
     layouts = [tracker.layout(x) for x in tensors if isinstance(x, fx.Node)]
-    rank = len(shape_of_tensor(node.meta["val"]))
+    rank = len(node_shape(node))
     layouts = [layout for layout in layouts if len(layout) == rank]
     dim = _dim(node, rank, 1)
     # Across the stretches the longest names the axes: a reference frame has those of the video.
@@ -249,7 +267,7 @@ def _cat(tracker: LayoutTracker, node: fx.Node) -> Value:
     return tracker.replace_unknown(node, axes)
 
 
-def _stack(tracker: LayoutTracker, node: fx.Node) -> Value:
+def _stack(tracker: LayoutTracker, node: fx.Node) -> LayoutValue:
     tensors = node.args[0]
     assert isinstance(tensors, list | tuple)
     layouts = [tracker.layout(x) for x in tensors if isinstance(x, fx.Node)]
@@ -259,7 +277,7 @@ def _stack(tracker: LayoutTracker, node: fx.Node) -> Value:
     return tracker.replace_unknown(node, axes)
 
 
-def _pad_sequence(tracker: LayoutTracker, node: fx.Node) -> Value:
+def _pad_sequence(tracker: LayoutTracker, node: fx.Node) -> LayoutValue:
     """Sequences of one length, or padded behind, stacked along a new batch axis."""
     tensors, batch_first = node.args[0], bool(node.args[1]) if len(node.args) > 1 else False
     assert isinstance(tensors, list | tuple)
@@ -281,7 +299,7 @@ def _join_all(axes: Sequence[Axis]) -> Axis | None:
     return joined
 
 
-def _pieces(tracker: LayoutTracker, node: fx.Node) -> Value:
+def _pieces(tracker: LayoutTracker, node: fx.Node) -> LayoutValue:
     """split, chunk: consecutive stretches of one axis."""
     layout = tracker.layout(_source(node))
     values = node.meta["val"]
@@ -289,22 +307,22 @@ def _pieces(tracker: LayoutTracker, node: fx.Node) -> Value:
     pieces: list[Layout] = []
     start = 0
     for i, value in enumerate(values):
-        shape = shape_of_tensor(value)
-        axis = layout[dim].slice(start, start + shape[dim])
-        blank = unknown_axis(maker_of(node), i, shape[dim], tracker.reach(node))
+        size = int(value.shape[dim])
+        axis = layout[dim].slice(start, start + size)
+        blank = unknown_axis(maker_of(node), i, size, tracker.reach(node))
         pieces.append((*layout[:dim], axis or blank, *layout[dim + 1 :]))
-        start += shape[dim]
+        start += size
     return pieces
 
 
-def _unbind(tracker: LayoutTracker, node: fx.Node) -> Value:
+def _unbind(tracker: LayoutTracker, node: fx.Node) -> LayoutValue:
     layout = tracker.layout(_source(node))
     dim = _dim(node, len(layout), 1)
     tracker.drop(node, layout[dim])
     return [(*layout[:dim], *layout[dim + 1 :]) for _ in node.meta["val"]]
 
 
-def _slice(tracker: LayoutTracker, node: fx.Node) -> Value:
+def _slice(tracker: LayoutTracker, node: fx.Node) -> LayoutValue:
     layout = tracker.layout(_source(node))
     _, dim, start, stop, step = (*node.args, *(None,) * 4)[:5]
     dim = int(dim or 0) % len(layout)  # type: ignore[arg-type]
@@ -315,14 +333,14 @@ def _slice(tracker: LayoutTracker, node: fx.Node) -> Value:
     return tracker.replace_unknown(node, axes)
 
 
-def _select(tracker: LayoutTracker, node: fx.Node) -> Value:
+def _select(tracker: LayoutTracker, node: fx.Node) -> LayoutValue:
     layout = tracker.layout(_source(node))
     dim = _dim(node, len(layout), 1)
     tracker.drop(node, layout[dim])
     return (*layout[:dim], *layout[dim + 1 :])
 
 
-def _pad(tracker: LayoutTracker, node: fx.Node) -> Value:
+def _pad(tracker: LayoutTracker, node: fx.Node) -> LayoutValue:
     axes: list[Axis | None] = list(tracker.layout(_source(node)))
     pads = node.args[1]
     assert isinstance(pads, list | tuple)
@@ -342,7 +360,7 @@ def _pad(tracker: LayoutTracker, node: fx.Node) -> Value:
     return tracker.replace_unknown(node, axes)
 
 
-def _roll(tracker: LayoutTracker, node: fx.Node) -> Value:
+def _roll(tracker: LayoutTracker, node: fx.Node) -> LayoutValue:
     axes: list[Axis | None] = list(tracker.layout(_source(node)))
     shifts, dims = node.args[1], node.args[2] if len(node.args) > 2 else []
     if not dims:
@@ -357,7 +375,7 @@ def _roll(tracker: LayoutTracker, node: fx.Node) -> Value:
     return tracker.replace_unknown(node, axes)
 
 
-def _slice_scatter(tracker: LayoutTracker, node: fx.Node) -> Value:
+def _slice_scatter(tracker: LayoutTracker, node: fx.Node) -> LayoutValue:
     """A stretch of the base is replaced by the source."""
     base, source = node.args[:2]
     assert isinstance(base, fx.Node) and isinstance(source, fx.Node)
@@ -372,7 +390,7 @@ def _slice_scatter(tracker: LayoutTracker, node: fx.Node) -> Value:
     return tracker.replace_unknown(node, axes)
 
 
-def _select_scatter(tracker: LayoutTracker, node: fx.Node) -> Value:
+def _select_scatter(tracker: LayoutTracker, node: fx.Node) -> LayoutValue:
     """One position of the base is replaced by the source."""
     base, source = node.args[:2]
     assert isinstance(base, fx.Node) and isinstance(source, fx.Node)
@@ -386,7 +404,7 @@ def _select_scatter(tracker: LayoutTracker, node: fx.Node) -> Value:
     return tracker.replace_unknown(node, axes)
 
 
-def _take(tracker: LayoutTracker, node: fx.Node) -> Value:
+def _take(tracker: LayoutTracker, node: fx.Node) -> LayoutValue:
     """index_select: positions picked by a constant index."""
     layout = tracker.layout(_source(node))
     index = node.args[2]
@@ -394,7 +412,7 @@ def _take(tracker: LayoutTracker, node: fx.Node) -> Value:
     return _picked(tracker, node, layout, _dim(node, len(layout), 1), tracker.read_index(index))
 
 
-def _index(tracker: LayoutTracker, node: fx.Node) -> Value:
+def _index(tracker: LayoutTracker, node: fx.Node) -> LayoutValue:
     """x[:, index]: one axis picked by a constant index of any rank, or by a constant mask."""
     layout = tracker.layout(_source(node))
     indices = node.args[1]
@@ -407,7 +425,7 @@ def _index(tracker: LayoutTracker, node: fx.Node) -> Value:
     return _picked(tracker, node, layout, given[0], tracker.read_index(index))
 
 
-def _gather(tracker: LayoutTracker, node: fx.Node) -> Value:
+def _gather(tracker: LayoutTracker, node: fx.Node) -> LayoutValue:
     """gather by a constant index that is the same along all other axes."""
     layout = tracker.layout(_source(node))
     index_node = node.args[2]
@@ -423,7 +441,7 @@ def _gather(tracker: LayoutTracker, node: fx.Node) -> Value:
     return _picked(tracker, node, layout, dim, rows[:, 0]) if same else None
 
 
-def _index_copy(tracker: LayoutTracker, node: fx.Node) -> Value:
+def _index_copy(tracker: LayoutTracker, node: fx.Node) -> LayoutValue:
     """Rows of the source written at the positions of an index: index_copy, scatter, scatter_add."""
     base, _, index_node, source = node.args[:4]
     assert isinstance(base, fx.Node) and isinstance(index_node, fx.Node)
@@ -437,7 +455,7 @@ def _index_copy(tracker: LayoutTracker, node: fx.Node) -> Value:
     return _written(tracker, node, base, source, dim, index)
 
 
-def _index_put(tracker: LayoutTracker, node: fx.Node) -> Value:
+def _index_put(tracker: LayoutTracker, node: fx.Node) -> LayoutValue:
     """base[:, index] = source with one index."""
     base, indices, source = node.args[:3]
     assert isinstance(base, fx.Node) and isinstance(indices, list | tuple) and isinstance(source, fx.Node)
@@ -451,7 +469,7 @@ def _index_put(tracker: LayoutTracker, node: fx.Node) -> Value:
 
 def _written(
     tracker: LayoutTracker, node: fx.Node, base: fx.Node, source: fx.Node, dim: int, index: Tensor | None
-) -> Value:
+) -> LayoutValue:
     into, written = tracker.layout(base), tracker.layout(source)
     if index is None or len(into) != len(written):
         return None
@@ -468,7 +486,7 @@ def _written(
     return tracker.replace_unknown(node, axes)
 
 
-def _picked(tracker: LayoutTracker, node: fx.Node, layout: Layout, dim: int, index: Tensor | None) -> Value:
+def _picked(tracker: LayoutTracker, node: fx.Node, layout: Layout, dim: int, index: Tensor | None) -> LayoutValue:
     if index is None:
         return None
     if index.dtype == torch.bool:
@@ -483,7 +501,7 @@ def _picked(tracker: LayoutTracker, node: fx.Node, layout: Layout, dim: int, ind
     return tracker.replace_unknown(node, axes)
 
 
-def _repeat_interleave(tracker: LayoutTracker, node: fx.Node) -> Value:
+def _repeat_interleave(tracker: LayoutTracker, node: fx.Node) -> LayoutValue:
     """Every position `repeats` times in a row: a product with an axis that says nothing."""
     layout = tracker.layout(_source(node))
     repeats = node.args[1]
@@ -496,7 +514,7 @@ def _repeat_interleave(tracker: LayoutTracker, node: fx.Node) -> Value:
     return tuple(axes)
 
 
-def _flip(tracker: LayoutTracker, node: fx.Node) -> Value:
+def _flip(tracker: LayoutTracker, node: fx.Node) -> LayoutValue:
     layout = tracker.layout(_source(node))
     dims = node.args[1]
     assert isinstance(dims, list | tuple)
@@ -505,49 +523,49 @@ def _flip(tracker: LayoutTracker, node: fx.Node) -> Value:
     return tuple(axis.reversed(made_by) if i in turned else axis for i, axis in enumerate(layout))
 
 
-def _as_complex(tracker: LayoutTracker, node: fx.Node) -> Value:
+def _as_complex(tracker: LayoutTracker, node: fx.Node) -> LayoutValue:
     return tracker.layout(_source(node))[:-1]
 
 
-def _as_real(tracker: LayoutTracker, node: fx.Node) -> Value:
+def _as_real(tracker: LayoutTracker, node: fx.Node) -> LayoutValue:
     return tracker.replace_unknown(node, [*tracker.layout(_source(node)), None])
 
 
-def _resample(tracker: LayoutTracker, node: fx.Node) -> Value:
+def _resample(tracker: LayoutTracker, node: fx.Node) -> LayoutValue:
     """Pooling or upsampling over [..., *space] by whole factors: positions stay ordered."""
     layout = tracker.layout(_source(node))
-    shape = shape_of_tensor(node.meta["val"])
+    shape = node_shape(node)
     axes = [axis if axis.size == size else _strided(axis, size) for axis, size in zip(layout, shape, strict=True)]
     return tracker.replace_unknown(node, axes)
 
 
-def _transposed_convolution(tracker: LayoutTracker, node: fx.Node) -> Value:
+def _transposed_convolution(tracker: LayoutTracker, node: fx.Node) -> LayoutValue:
     """Patches that neither overlap nor leave gaps."""
     weight, stride = node.args[1], node.args[3] if len(node.args) > 3 else ()
     assert isinstance(weight, fx.Node) and isinstance(stride, list | tuple)
-    return _resample(tracker, node) if shape_of_tensor(weight.meta["val"])[2:] == tuple(stride) else None
+    return _resample(tracker, node) if node_shape(weight)[2:] == tuple(stride) else None
 
 
-def _first_as_input(tracker: LayoutTracker, node: fx.Node) -> Value:
+def _first_as_input(tracker: LayoutTracker, node: fx.Node) -> LayoutValue:
     """Several results of which the first has the input's axes; statistics follow."""
     return [tracker.layout(_source(node))]
 
 
-def _pixel_unshuffle(tracker: LayoutTracker, node: fx.Node) -> Value:
+def _pixel_unshuffle(tracker: LayoutTracker, node: fx.Node) -> LayoutValue:
     """[..., C, H*r, W*r] -> [..., C*r*r, H, W]."""
     *outer, _, h, w = tracker.layout(_source(node))
-    size_h, size_w = shape_of_tensor(node.meta["val"])[-2:]
+    size_h, size_w = node_shape(node)[-2:]
     return tracker.replace_unknown(node, [*outer, None, _strided(h, size_h), _strided(w, size_w)])
 
 
-def _pixel_shuffle(tracker: LayoutTracker, node: fx.Node) -> Value:
+def _pixel_shuffle(tracker: LayoutTracker, node: fx.Node) -> LayoutValue:
     """[..., C*r*r, H, W] -> [..., C, H*r, W*r]."""
     *outer, _, h, w = tracker.layout(_source(node))
-    size_h, size_w = shape_of_tensor(node.meta["val"])[-2:]
+    size_h, size_w = node_shape(node)[-2:]
     return tracker.replace_unknown(node, [*outer, None, _strided(h, size_h), _strided(w, size_w)])
 
 
-def _unfold(tracker: LayoutTracker, node: fx.Node) -> Value:
+def _unfold(tracker: LayoutTracker, node: fx.Node) -> LayoutValue:
     """Patches along one axis that do not overlap: [.., L, ..] -> [.., L/size, .., size]."""
     layout = tracker.layout(_source(node))
     _, dim, size, step = node.args
@@ -558,7 +576,7 @@ def _unfold(tracker: LayoutTracker, node: fx.Node) -> Value:
     return tracker.replace_unknown(node, [*layout[:dim], outer, *layout[dim + 1 :], inner])
 
 
-def _im2col(tracker: LayoutTracker, node: fx.Node) -> Value:
+def _im2col(tracker: LayoutTracker, node: fx.Node) -> LayoutValue:
     """F.unfold with patches that do not overlap: [B, C, H, W] -> [B, C*k*k, (H/k)*(W/k)]."""
     layout = tracker.layout(_source(node))
     _, kernel, dilation, padding, stride = node.args
@@ -572,7 +590,7 @@ def _im2col(tracker: LayoutTracker, node: fx.Node) -> Value:
     return tracker.replace_unknown(node, [layout[0], None, tokens])
 
 
-def _einsum(tracker: LayoutTracker, node: fx.Node) -> Value:
+def _einsum(tracker: LayoutTracker, node: fx.Node) -> LayoutValue:
     """A letter of the output means what the operands say that have it."""
     equation, operands = node.args[:2]
     assert isinstance(equation, str) and isinstance(operands, list | tuple)
@@ -589,7 +607,7 @@ def _einsum(tracker: LayoutTracker, node: fx.Node) -> Value:
     return tracker.replace_unknown(node, [None if a is None else tracker.unless_filled(node, a) for a in axes])
 
 
-def _reduce(tracker: LayoutTracker, node: fx.Node, position: int = 1) -> Value:
+def _reduce(tracker: LayoutTracker, node: fx.Node, position: int = 1) -> LayoutValue:
     layout = tracker.layout(_source(node))
     rank = len(layout)
     dims = node.args[position] if len(node.args) > position else None
@@ -598,18 +616,18 @@ def _reduce(tracker: LayoutTracker, node: fx.Node, position: int = 1) -> Value:
     if not isinstance(dims, list | tuple):
         return None
     reduced = {int(dim) % rank for dim in dims}
-    keep = len(shape_of_tensor(node.meta["val"])) == rank
+    keep = len(node_shape(node)) == rank
     if keep:
         return tuple(ONE if i in reduced else axis for i, axis in enumerate(layout))
     return tuple(axis for i, axis in enumerate(layout) if i not in reduced)
 
 
-def _norm(tracker: LayoutTracker, node: fx.Node) -> Value:
+def _norm(tracker: LayoutTracker, node: fx.Node) -> LayoutValue:
     """The length of vectors: their order p comes before the axes."""
     return _reduce(tracker, node, position=2)
 
 
-TRANSFERS: dict[Any, Transfer] = {
+_TRANSFERS: dict[Any, Transfer] = {
     **dict.fromkeys(
         [
             aten.layer_norm,
@@ -635,7 +653,7 @@ TRANSFERS: dict[Any, Transfer] = {
         _same_as_input,
     ),
     aten._native_batch_norm_legit_no_training: _first_as_input,
-    aten.copy: elementwise,
+    aten.copy: _elementwise,
     aten.linear: _linear,
     **dict.fromkeys([aten.matmul, aten.mm, aten.bmm, aten.addmm, aten.baddbmm], _matmul),
     aten.scaled_dot_product_attention: _attention,

@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import fx
 
-from t3compile.passes.attention_product import node_shape
+from t3compile.passes.aten_calls import node_shape
 from t3compile.passes.axis_atoms import Atom, Atoms, Axes
 from t3compile.passes.graph_pass import Cursor, is_call, replace_node, viewable
 

@@ -19,7 +19,7 @@ class NumberTable:
         self._bit_numbers = torch.empty(0, dtype=torch.int64)
 
     def look_up(self, numbers: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """lo, hi, may be NaN, is a constant."""
+        """float64 lowest and highest value, bool may be NaN and is a constant, in the shape of ``numbers``."""
         return (*(row[numbers] for row in self._bounds), *(row[numbers] for row in self._flags))
 
     def add(self, lo: Tensor, hi: Tensor, nan: Tensor) -> Tensor:

@@ -9,11 +9,11 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, fx
 
+from t3compile.passes.aten_calls import node_shape
 from t3compile.passes.layout import (
     ONE,
     Axis,
@@ -24,7 +24,7 @@ from t3compile.passes.layout import (
     is_flat,
     unknown_axis,
 )
-from t3compile.passes.layout_rules import TRANSFERS, Transfer, Value, elementwise, maker_of, shape_of_tensor
+from t3compile.passes.layout_rules import LayoutValue, maker_of, transfer_for
 from t3compile.passes.read_values import Table
 
 aten = torch.ops.aten
@@ -72,7 +72,7 @@ class LayoutTracker:
     def __init__(self, graph: fx.Graph, inputs: Sequence[str], read_table: ReadTable = _no_table) -> None:
         self._read_table = read_table
         self._index_inputs: set[str] = set()
-        self._values: dict[fx.Node, Value] = {}
+        self._values: dict[fx.Node, LayoutValue] = {}
         self._beside: dict[Origin, dict[Beside, None]] = {}
         self._reach: dict[fx.Node, frozenset[str]] = {}
         self._dropped: dict[fx.Node, frozenset[tuple[str, int]]] = {}
@@ -81,6 +81,10 @@ class LayoutTracker:
             self._reach[node] = frozenset({node.name}) if node.name in names else self._reached_by(node)
             self._dropped[node] = frozenset().union(*(self._dropped[used] for used in node.all_input_nodes))
             self._values[node] = self._visit(node, names)
+
+    def value(self, node: fx.Node) -> LayoutValue:
+        """The layout of the tensor, or of every tensor, that `node` yields; None where it yields none."""
+        return self._values[node]
 
     def layout(self, node: fx.Node) -> Layout:
         """One axis per dimension of the tensor that `node` yields."""
@@ -100,37 +104,38 @@ class LayoutTracker:
         return self._reach[node]
 
     def unknown(self, node: fx.Node) -> Layout:
+        """Axes of which only the size is known, and the node that made them."""
         source = node.args[0] if node.target is operator.getitem else node
         assert isinstance(source, fx.Node)
         made_by = maker_of(source)
-        shape = shape_of_tensor(node.meta["val"])
+        shape = node_shape(node)
         reach = self._reach[node]
         return tuple(unknown_axis(made_by, i, size, reach) for i, size in enumerate(shape))
 
     def features(self, node: fx.Node, dim: int) -> Axis:
         """The axis that a weight makes: no tokens stand there."""
-        size = shape_of_tensor(node.meta["val"])[dim]
+        size = node_shape(node)[dim]
         made_by = maker_of(node)
         origin = Origin(None, dim, size, made_by, self._reach[node], is_feature=True)
         return Axis.of((Digit(origin, 1, size, size),)) if size > 1 else ONE
 
-    def _visit(self, node: fx.Node, inputs: set[str]) -> Value:
+    def _visit(self, node: fx.Node, inputs: set[str]) -> LayoutValue:
         value = node.meta.get("val")
         if node.op == "placeholder" and node.name in inputs and isinstance(value, Tensor):
-            return tuple(input_axis(node.name, i, size) for i, size in enumerate(shape_of_tensor(value)))
+            return tuple(input_axis(node.name, i, size) for i, size in enumerate(node_shape(node)))
         if node.op == "call_function":
-            transfer = _transfer_for(node.target)
+            transfer = transfer_for(node.target)
             result = transfer(self, node) if transfer is not None else None
             if result is not None:
                 return self._fitting(node, result)
         return self.unknown(node) if isinstance(value, Tensor) else None
 
-    def _fitting(self, node: fx.Node, result: Value) -> Value:
+    def _fitting(self, node: fx.Node, result: LayoutValue) -> LayoutValue:
         """The result where its sizes are those of the node's tensor; a transfer that missed is not believed."""
         value = node.meta.get("val")
         if isinstance(result, list) or not isinstance(value, Tensor):
             return result
-        fits = result is not None and tuple(axis.size for axis in result) == shape_of_tensor(value)
+        fits = result is not None and tuple(axis.size for axis in result) == node_shape(node)
         return result if fits else self.unknown(node)
 
     def dropped(self, node: fx.Node) -> frozenset[tuple[str, int]]:
@@ -173,23 +178,3 @@ class LayoutTracker:
     def replace_unknown(self, node: fx.Node, axes: Sequence[Axis | None]) -> Layout:
         """The given axes, with unknown ones of this node's making where None."""
         return tuple(axis if axis is not None else blank for axis, blank in zip(axes, self.unknown(node), strict=True))
-
-
-def _transfer_for(target: Any) -> Transfer | None:
-    if target is operator.getitem:
-        return _getitem
-    packet = getattr(target, "overloadpacket", None)
-    if packet in TRANSFERS:
-        return TRANSFERS[packet]
-    if isinstance(target, torch._ops.OpOverload) and torch.Tag.pointwise in target.tags:
-        return elementwise
-    return None
-
-
-def _getitem(tracker: LayoutTracker, node: fx.Node) -> Value:
-    source, index = node.args
-    assert isinstance(source, fx.Node)
-    value = tracker._values[source]
-    if isinstance(value, list) and isinstance(index, int) and index < len(value):
-        return value[index]
-    return None

@@ -88,7 +88,7 @@ class GridHint:
     def parse(cls, text: str) -> GridHint:
         """Read ``TxHxW`` or ``TxHxW@START``, for example ``1x64x64@77``."""
         grid, at, start = text.partition("@")
-        if at and not start.strip().isdigit():
+        if at and not start.strip().isdecimal():
             raise GridError(f"grid '{text}' is not of the form TxHxW@START, for example 1x64x64@77 (tokens)")
         return cls(TokenGrid.parse(grid), int(start) if at else None)
 

@@ -249,7 +249,8 @@ def _site_from_json(data: object, position: int) -> SitePlan:
 def parse_schedule(text: str) -> str | Schedule | Mapping[TokenGrid, str | Schedule]:
     """Read a schedule from the command line: ``auto``, a preset's name, or splits ``5,1,1/1,3,4``.
 
-    ``TxHxW=SCHEDULE;TxHxW=SCHEDULE`` gives every grid its own. PatternError where it is none of these.
+    ``TxHxW=SCHEDULE;TxHxW=SCHEDULE`` gives every grid its own. Raises PatternError for what is none of these,
+    an unknown name or a grid named twice, and GridError for a malformed grid.
     """
     if "=" not in text:
         return _parse_one_schedule(text)
@@ -269,11 +270,13 @@ def parse_schedule(text: str) -> str | Schedule | Mapping[TokenGrid, str | Sched
 
 def _parse_one_schedule(text: str) -> str | Schedule:
     if not any(character.isdigit() for character in text) or "-" in text:
-        return text if text == "auto" else preset_named(text).name
+        if text != "auto":
+            preset_named(text)
+        return text
     triples: list[tuple[int, int, int]] = []
     for part in text.split("/"):
         numbers = part.strip().strip("()").split(",")
-        if len(numbers) != 3 or not all(number.strip().isdigit() for number in numbers):
+        if len(numbers) != 3 or not all(number.strip().isdecimal() for number in numbers):
             raise PatternError(
                 f"schedule '{text}': '{part}' is not three whole numbers n_t,n_h,n_w; write for example 5,1,1/1,3,4"
             )

@@ -274,26 +274,29 @@ def test_a_schedule_that_does_not_fit_is_named(schedule: str, texts: list[str], 
     _refused(_invoke("plan", *source, "--schedule", schedule), *texts)
 
 
-WRONG_SCHEDULES = {
+WRONG_CHOICES = {
     ("--schedule", "1,2"): ["schedule '1,2'", "three whole numbers"],
     ("--schedule", "1,2,3/x"): ["'x' is not three whole numbers"],
     ("--schedule", "0,1,1"): ["at least 1"],
     ("--schedule", "best"): ["schedule 'best' is unknown", "auto"],
     ("--grid", "3 by 4"): ["grid '3 by 4' is not of the form TxHxW"],
+    ("--schedule", "²,1,1"): ["'²,1,1' is not three whole numbers"],
+    ("--schedule", "3x4x6=best"): ["schedule 'best' is unknown"],
     ("--grid", "0x4x6"): ["at least 1"],
+    ("--grid", "3x4x6@²"): ["grid '3x4x6@²' is not of the form TxHxW@START"],
 }
 WRONG_PLANS = {
     ("--plan", "none.json"): ["cannot read the plan", "none.json"],
     ("--plan", "bad.json"): ["the plan is not JSON"],
 }
 TAKES = {
-    ("inspect",): WRONG_SCHEDULES,
-    ("plan",): WRONG_SCHEDULES,
-    ("cost",): WRONG_SCHEDULES | WRONG_PLANS,
-    ("rewrite", "-o", "x.pt2"): WRONG_SCHEDULES | WRONG_PLANS,
-    ("bench",): WRONG_SCHEDULES | WRONG_PLANS,
-    ("kernels", "build", "-o", "kernels"): WRONG_SCHEDULES | WRONG_PLANS,
-    ("verify", "x.pt2"): WRONG_PLANS,
+    ("inspect",): WRONG_CHOICES,
+    ("plan",): WRONG_CHOICES,
+    ("cost",): WRONG_CHOICES | WRONG_PLANS,
+    ("rewrite", "-o", "x.pt2"): WRONG_CHOICES | WRONG_PLANS,
+    ("bench",): WRONG_CHOICES | WRONG_PLANS,
+    ("kernels", "build", "-o", "kernels"): WRONG_CHOICES | WRONG_PLANS,
+    ("verify", "none.pt2"): WRONG_PLANS | {(): ["there is no file or folder 'none.pt2'"]},
 }
 
 
@@ -303,7 +306,7 @@ TAKES = {
 )
 def test_a_mistake_in_planning_is_told_before_the_model_is_traced(
     command: tuple[str, ...],
-    mistake: tuple[str, str],
+    mistake: tuple[str, ...],
     texts: list[str],
     source: tuple[str, ...],
     tmp_path: Path,
@@ -319,6 +322,24 @@ def test_a_mistake_in_planning_is_told_before_the_model_is_traced(
     arguments = (name, *source, *rest) if name == "verify" else (*command, *source)
     _refused(_invoke(*arguments, *mistake), *texts)
     assert [file.name for file in tmp_path.iterdir()] == ["bad.json"]
+
+
+@pytest.mark.parametrize(
+    "command", [("cost",), ("rewrite", "-o", "x.pt2"), ("bench",), ("kernels", "build", "-o", "k")]
+)
+def test_a_schedule_beside_a_plan_is_refused(command: tuple[str, ...], source: tuple[str, ...], line: Line) -> None:
+    plan = line.folder / "plan.json"
+    result = _invoke(*command, *source, "--plan", plan, "--schedule", "1,2,3", "--min-tokens", "8")
+    assert result.exit_code == 2
+    assert f"'{plan}' is a plan and has the patterns: leave out --schedule, --min-tokens" in result.stderr
+
+
+@pytest.mark.parametrize("command", [("bench",), ("kernels", "build", "-o", "k")])
+def test_planning_of_a_rewritten_model_is_refused(command: tuple[str, ...], line: Line) -> None:
+    windows = line.folder / "windows.pt2"
+    result = _invoke(*command, windows, "--schedule", "1,2,3")
+    assert result.exit_code == 2
+    assert f"'{windows}' is rewritten and has its plan: leave out --schedule" in result.stderr
 
 
 def test_bad_models_are_named(tmp_path: Path, line: Line) -> None:

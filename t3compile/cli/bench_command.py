@@ -164,7 +164,7 @@ def _workloads(options: dict[str, Any]) -> Iterator[Workload]:
     if preset is not None:
         from t3compile.benchmark.preset_workload import preset_workload
 
-        refuse_options(set(options) - {"model", "dtype", "batch"}, options["model"])
+        refuse_options(set(options) - {"model", "dtype", "batch"}, f"'{options['model']}' is no model to load")
         dtype, batch = options["dtype"] or "float32", options["batch"] or 1
         for size in sizes or (None,):
             yield preset_workload(preset, size, dtype=dtype, batch=batch, heads=heads, keep=keep or "windows")
@@ -196,8 +196,9 @@ def _workload(label: str, options: dict[str, Any]) -> Workload:
     planning = Planning.read(**planned)
     program = load_model({name: value for name, value in options.items() if name not in planned})
     if program.plan is not None:
+        refuse_options(planned, f"'{options['model']}' is rewritten and has its plan")
         return Workload.of_model(label, program)
-    survey, plan = planning.of(program)
+    survey, plan = planning.survey_and_plan(program)
     say_what_is_left(survey, plan)
     return Workload.of_model(label, rewrite(program, plan), program)
 

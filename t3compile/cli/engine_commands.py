@@ -69,7 +69,7 @@ def build_engine(
     )
     is_onnx = _is_onnx(model)
     if is_onnx:
-        refuse_options(options.keys() - {"model"}, model)
+        refuse_options(options.keys() - {"model"}, f"'{model}' is no model to load")
     else:
         recognize(model)
         check_refittable(settings)

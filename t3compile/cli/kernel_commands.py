@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from t3compile.program import Program
 
 _FILE_SUFFIXES = (".json", ".onnx")
+_PLANNING = {"grid", "schedule", "min_tokens", "plan_file"}
 
 
 @click.group()
@@ -70,7 +71,7 @@ def build(
     numbers = {"heads": heads, "head_dim": head_dim}
     if model in [preset.name for preset in PRESETS] or model.endswith(_FILE_SUFFIXES):
         own = options.keys() - {"dtype", "batch"}
-        refuse_options(own | {"grid", "schedule", "min_tokens", "plan_file"}, model)
+        refuse_options(own | _PLANNING, f"'{model}' is no model to load")
         numbers |= {"dtype": options["dtype"], "batch": options["batch"]}
     else:
         check_source(model)
@@ -104,7 +105,8 @@ def _rewritten(options: dict[str, Any], planning: Planning) -> Program:
 
     program = load_model(options)
     if program.plan is not None:
+        refuse_options(_PLANNING, f"'{program.source}' is rewritten and has its plan")
         return program
-    survey, plan = planning.of(program)
+    survey, plan = planning.survey_and_plan(program)
     say_what_is_left(survey, plan)
     return rewrite(program, plan)

@@ -47,7 +47,7 @@ def inspect(
 
     planning = Planning.read(grid, schedule, min_tokens)
     program = load_model(options)
-    survey, plan = planning.of(program)
+    survey, plan = planning.survey_and_plan(program)
     probed = probe_or_exit(program, survey, quiet=as_json) if probe else None
     costs = plan_cost(survey, plan)
     if as_json:
@@ -86,7 +86,7 @@ def plan(
         check_writable(output)
     planning = Planning.read(grid, schedule, min_tokens)
     program = load_model(options)
-    survey, made = planning.of(program)
+    survey, made = planning.survey_and_plan(program)
     if probe:
         probe_or_exit(program, survey, quiet=as_json)
     if output is not None:
@@ -120,7 +120,7 @@ def cost(
     from t3compile.report import show_cost, show_json, show_site_costs
 
     planning = Planning.read(grid, schedule, min_tokens, plan_file)
-    survey, chosen = planning.of(load_model(options))
+    survey, chosen = planning.survey_and_plan(load_model(options))
     costs = plan_cost(survey, chosen)
     if as_json:
         show_json(costs.to_json())
@@ -177,7 +177,7 @@ def rewrite(
     planning = Planning.read(grid, schedule, min_tokens, plan_file)
     program = load_model(options)
     program.check_savable(output, external=external)
-    survey, chosen = planning.of(program)
+    survey, chosen = planning.survey_and_plan(program)
     probed = probe_or_exit(program, survey, quiet=as_json) if probe else None
     rewritten = rewrite_program(program, chosen, portable=portable)
     report = None
@@ -246,17 +246,19 @@ def _say_not_run(report: Any) -> None:
 def verify(rewritten: Path, probe: bool, as_json: bool, plan_file: Path | None, thorough: bool, **options: Any) -> None:
     """Prove that the .pt2 REWRITTEN is MODEL under its plan. Exits with 1 when a check fails."""
     from t3compile.loading.map_archive import refers_to_weights
+    from t3compile.loading.recognize import recognize
     from t3compile.pipeline import load_program
     from t3compile.pipeline import verify as verify_programs
     from t3compile.plan import Plan
     from t3compile.report import progress, show_json, show_verification
 
     given = None if plan_file is None else Plan.read(plan_file)
+    recognize(rewritten)
     program = load_model(options)
     # Naming MODEL names the folders of its weights.
     folders = {extent.file.path.parent for extent in program.external_weights().values()}
     result = load_program(rewritten, weights=sorted(folders) if folders and refers_to_weights(rewritten) else None)
-    chosen = given or result.plan
+    chosen = result.plan if given is None else given
     if chosen is None:
         raise PlanError(f"'{rewritten}' carries no plan: give the one it was made with as --plan FILE")
     with progress() as step:

@@ -105,8 +105,8 @@ def read_size(_: click.Context, __: click.Parameter, value: str | None) -> int |
     return size
 
 
-def refuse_options(names: Iterable[str], source: str) -> None:
-    """UsageError for options of these parameter names that were given, where no model is loaded."""
+def refuse_options(names: Iterable[str], reason: str) -> None:
+    """UsageError for options of these parameter names that were given, where they would have no effect."""
     context, wanted = click.get_current_context(), set(names)
     given = [
         parameter.opts[0]
@@ -114,7 +114,7 @@ def refuse_options(names: Iterable[str], source: str) -> None:
         if parameter.name in wanted and context.get_parameter_source(parameter.name) is not ParameterSource.DEFAULT
     ]
     if given:
-        raise click.UsageError(f"'{source}' is no model to load: leave out {', '.join(given)}")
+        raise click.UsageError(f"{reason}: leave out {', '.join(given)}")
 
 
 def shielded(command: Command) -> Command:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from t3compile.cli.options import CHECK_FAILED, LEFT_FULL
+from t3compile.cli.options import CHECK_FAILED, LEFT_FULL, refuse_options
 
 if TYPE_CHECKING:
     from t3compile.geometry import GridHint
@@ -53,7 +53,10 @@ def load_model(options: dict[str, Any]) -> Program:
 
 @dataclass(frozen=True)
 class Planning:
-    """What the planning options ask for, read before a model is loaded: a mistake in them costs no tracing."""
+    """What the planning options ask for, read before a model is loaded: a mistake in them costs no tracing.
+
+    ``schedule`` and ``min_tokens`` count only where there is no ``plan``.
+    """
 
     grid: GridHint | None
     schedule: ScheduleChoice
@@ -62,9 +65,15 @@ class Planning:
 
     @classmethod
     def read(cls, grid: str | None, schedule: str, min_tokens: int | None, plan_file: Path | None = None) -> Planning:
+        """The options as typed; GridError, PatternError or PlanError for what is malformed or cannot be read.
+
+        UsageError for a schedule beside a plan, which has the patterns already.
+        """
         from t3compile.geometry import GridHint
         from t3compile.plan import MIN_TOKENS, Plan, parse_schedule
 
+        if plan_file is not None:
+            refuse_options(("schedule", "min_tokens"), f"'{plan_file}' is a plan and has the patterns")
         return cls(
             None if grid is None else GridHint.parse(grid),
             parse_schedule(schedule),
@@ -72,8 +81,11 @@ class Planning:
             None if plan_file is None else Plan.read(plan_file),
         )
 
-    def of(self, program: Program) -> tuple[SiteSurvey, Plan]:
-        """What was found in a program, and the plan of the file or of the schedule."""
+    def survey_and_plan(self, program: Program) -> tuple[SiteSurvey, Plan]:
+        """What is found in a program, and the plan of the file or of the schedule.
+
+        GridError or PatternError where the options do not fit the model, PlanError for a plan of another graph.
+        """
         from t3compile.pipeline import detect, detect_for
         from t3compile.plan import make_plan
 

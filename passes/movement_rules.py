@@ -12,40 +12,41 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, fx
 
-from t3compile.passes.aten_calls import arguments_of, element_counts, operator_name, shape_of
+from t3compile.passes.aten_calls import arguments_of, element_counts, node_shape, operator_name
 from t3compile.passes.value_numbers import LARGEST, Numbers, concatenate
 from t3compile.passes.value_ranges import Reduction, all_of, any_of, largest_of, smallest_of, sum_of
 
 if TYPE_CHECKING:
     from t3compile.passes.bound_values import ValueBounds
 
-Value = Numbers | list[Numbers | None] | None
-Structure = Callable[["ValueBounds", fx.Node], Value]
+# Of one tensor, or of every tensor of a call that yields several.
+NumbersValue = Numbers | list[Numbers | None] | None
+MovementRule = Callable[["ValueBounds", fx.Node], NumbersValue]
 
 
-def _same(analysis: ValueBounds, node: fx.Node) -> Value:
+def _same(analysis: ValueBounds, node: fx.Node) -> NumbersValue:
     return analysis.value(node.args[0])
 
 
-def _reshaped(analysis: ValueBounds, node: fx.Node) -> Value:
+def _reshaped(analysis: ValueBounds, node: fx.Node) -> NumbersValue:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     if node.meta["val"].dtype != source.meta["val"].dtype:
         return None  # a view of the same bytes as another dtype
-    return analysis.value(source).reshape(shape_of(node))
+    return analysis.value(source).reshape(node_shape(node))
 
 
-def _expanded(analysis: ValueBounds, node: fx.Node) -> Value:
-    return analysis.value(node.args[0]).expand(shape_of(node))
+def _expanded(analysis: ValueBounds, node: fx.Node) -> NumbersValue:
+    return analysis.value(node.args[0]).expand(node_shape(node))
 
 
-def _permuted(analysis: ValueBounds, node: fx.Node) -> Value:
+def _permuted(analysis: ValueBounds, node: fx.Node) -> NumbersValue:
     numbers = analysis.value(node.args[0])
     rank = len(numbers.shape)
     return numbers.permute([d % rank for d in arguments_of(node)["dims"]])
 
 
-def _transposed(analysis: ValueBounds, node: fx.Node) -> Value:
+def _transposed(analysis: ValueBounds, node: fx.Node) -> NumbersValue:
     numbers = analysis.value(node.args[0])
     rank = len(numbers.shape)
     dims = list(range(rank))
@@ -56,14 +57,14 @@ def _transposed(analysis: ValueBounds, node: fx.Node) -> Value:
     return numbers.permute(dims)
 
 
-def _sliced(analysis: ValueBounds, node: fx.Node) -> Value:
+def _sliced(analysis: ValueBounds, node: fx.Node) -> NumbersValue:
     numbers = analysis.value(node.args[0])
     given = arguments_of(node)
     dim = given["dim"] % len(numbers.shape)
     return numbers.take(dim, torch.arange(numbers.shape[dim])[slice(given["start"], given["end"], given["step"])])
 
 
-def _narrowed(analysis: ValueBounds, node: fx.Node) -> Value:
+def _narrowed(analysis: ValueBounds, node: fx.Node) -> NumbersValue:
     numbers = analysis.value(node.args[0])
     given = arguments_of(node)
     dim = given["dim"] % len(numbers.shape)
@@ -71,15 +72,15 @@ def _narrowed(analysis: ValueBounds, node: fx.Node) -> Value:
     return numbers.slice(dim, start, start + given["length"])
 
 
-def _selected(analysis: ValueBounds, node: fx.Node) -> Value:
+def _selected(analysis: ValueBounds, node: fx.Node) -> NumbersValue:
     numbers = analysis.value(node.args[0])
     given = arguments_of(node)
     dim = given["dim"] % len(numbers.shape)
     index = given["index"] % numbers.shape[dim]
-    return numbers.slice(dim, index, index + 1).reshape(shape_of(node))
+    return numbers.slice(dim, index, index + 1).reshape(node_shape(node))
 
 
-def _cut(analysis: ValueBounds, node: fx.Node) -> Value:
+def _cut(analysis: ValueBounds, node: fx.Node) -> NumbersValue:
     """split, chunk: consecutive stretches of one axis."""
     numbers = analysis.value(node.args[0])
     dim = arguments_of(node)["dim"] % len(numbers.shape)
@@ -87,20 +88,20 @@ def _cut(analysis: ValueBounds, node: fx.Node) -> Value:
     return [numbers.slice(dim, start, stop) for start, stop in zip([0, *stops], stops, strict=False)]
 
 
-def _unbound(analysis: ValueBounds, node: fx.Node) -> Value:
+def _unbound(analysis: ValueBounds, node: fx.Node) -> NumbersValue:
     numbers = analysis.value(node.args[0])
     dim = arguments_of(node)["dim"] % len(numbers.shape)
     shape = (*numbers.shape[:dim], *numbers.shape[dim + 1 :])
     return [numbers.slice(dim, i, i + 1).reshape(shape) for i in range(numbers.shape[dim])]
 
 
-def _index_selected(analysis: ValueBounds, node: fx.Node) -> Value:
+def _index_selected(analysis: ValueBounds, node: fx.Node) -> NumbersValue:
     numbers = analysis.value(node.args[0])
     given = arguments_of(node)
     return numbers.take(given["dim"] % len(numbers.shape), analysis.exact(given["index"]).reshape(-1).long())
 
 
-def _flipped(analysis: ValueBounds, node: fx.Node) -> Value:
+def _flipped(analysis: ValueBounds, node: fx.Node) -> NumbersValue:
     numbers = analysis.value(node.args[0])
     for dim in arguments_of(node)["dims"]:
         dim %= len(numbers.shape)
@@ -108,7 +109,7 @@ def _flipped(analysis: ValueBounds, node: fx.Node) -> Value:
     return numbers
 
 
-def _repeated(analysis: ValueBounds, node: fx.Node) -> Value:
+def _repeated(analysis: ValueBounds, node: fx.Node) -> NumbersValue:
     numbers = analysis.value(node.args[0])
     given = arguments_of(node)
     repeats = list(given["repeats"] if "repeats" in given else given["dims"])
@@ -120,7 +121,7 @@ def _repeated(analysis: ValueBounds, node: fx.Node) -> Value:
     return numbers
 
 
-def _interleaved(analysis: ValueBounds, node: fx.Node) -> Value:
+def _interleaved(analysis: ValueBounds, node: fx.Node) -> NumbersValue:
     given = arguments_of(node)
     numbers = analysis.value(given["self"])
     if not isinstance(given["repeats"], int) or given["dim"] is None:
@@ -129,7 +130,7 @@ def _interleaved(analysis: ValueBounds, node: fx.Node) -> Value:
     return numbers.take(dim, torch.arange(numbers.shape[dim]).repeat_interleave(given["repeats"]))
 
 
-def _cat(analysis: ValueBounds, node: fx.Node) -> Value:
+def _cat(analysis: ValueBounds, node: fx.Node) -> NumbersValue:
     result = node.meta["val"]
     given = arguments_of(node)
     tensors = [x for x in given["tensors"] if x.meta["val"].dim() == result.dim()]
@@ -137,7 +138,7 @@ def _cat(analysis: ValueBounds, node: fx.Node) -> Value:
     return concatenate(parts, given["dim"] % result.dim())
 
 
-def _stacked(analysis: ValueBounds, node: fx.Node) -> Value:
+def _stacked(analysis: ValueBounds, node: fx.Node) -> NumbersValue:
     result = node.meta["val"]
     given = arguments_of(node)
     dim = given["dim"] % result.dim()
@@ -151,7 +152,7 @@ def _stacked(analysis: ValueBounds, node: fx.Node) -> Value:
     return concatenate(parts, dim)
 
 
-def _padded(analysis: ValueBounds, node: fx.Node) -> Value:
+def _padded(analysis: ValueBounds, node: fx.Node) -> NumbersValue:
     numbers: Numbers | None = analysis.value(node.args[0])
     given = arguments_of(node)
     if given.get("mode", "constant") != "constant":
@@ -172,7 +173,7 @@ def _padded(analysis: ValueBounds, node: fx.Node) -> Value:
     return numbers
 
 
-def _filled(analysis: ValueBounds, node: fx.Node) -> Value:
+def _filled(analysis: ValueBounds, node: fx.Node) -> NumbersValue:
     """full, zeros, ones and their kin."""
     name = operator_name(node)
     assert name is not None
@@ -181,26 +182,26 @@ def _filled(analysis: ValueBounds, node: fx.Node) -> Value:
     result = node.meta["val"]
     if isinstance(value, fx.Node):
         source = analysis.cast(analysis.value(value), value.meta["val"].dtype, result.dtype)
-        return source.expand(shape_of(node))
+        return source.expand(node_shape(node))
     if isinstance(value, complex):
         return None
-    return analysis.filled(torch.full((), value, dtype=result.dtype), shape_of(node))
+    return analysis.filled(torch.full((), value, dtype=result.dtype), node_shape(node))
 
 
-def _converted(analysis: ValueBounds, node: fx.Node) -> Value:
+def _converted(analysis: ValueBounds, node: fx.Node) -> NumbersValue:
     source = node.args[0]
     assert isinstance(source, fx.Node)
     return analysis.cast(analysis.value(source), source.meta["val"].dtype, node.meta["val"].dtype)
 
 
-def _copied(analysis: ValueBounds, node: fx.Node) -> Value:
+def _copied(analysis: ValueBounds, node: fx.Node) -> NumbersValue:
     source = node.args[1]
     assert isinstance(source, fx.Node)
     numbers = analysis.cast(analysis.value(source), source.meta["val"].dtype, node.meta["val"].dtype)
-    return numbers.expand(shape_of(node))
+    return numbers.expand(node_shape(node))
 
 
-def _slice_scattered(analysis: ValueBounds, node: fx.Node) -> Value:
+def _slice_scattered(analysis: ValueBounds, node: fx.Node) -> NumbersValue:
     """Contiguous stretches only: what is before, the new values, what is behind."""
     given = arguments_of(node)
     base = analysis.value(given["self"])
@@ -211,7 +212,7 @@ def _slice_scattered(analysis: ValueBounds, node: fx.Node) -> Value:
     return _with_stretch(analysis, node, base, given["src"], dim, start, max(stop, start))
 
 
-def _select_scattered(analysis: ValueBounds, node: fx.Node) -> Value:
+def _select_scattered(analysis: ValueBounds, node: fx.Node) -> NumbersValue:
     given = arguments_of(node)
     base = analysis.value(given["self"])
     dim = given["dim"] % len(base.shape)
@@ -221,7 +222,7 @@ def _select_scattered(analysis: ValueBounds, node: fx.Node) -> Value:
 
 def _with_stretch(
     analysis: ValueBounds, node: fx.Node, base: Numbers, source: fx.Node, dim: int, start: int, stop: int
-) -> Value:
+) -> NumbersValue:
     inserted: Numbers | None = analysis.cast(analysis.value(source), source.meta["val"].dtype, node.meta["val"].dtype)
     shape = (*base.shape[:dim], stop - start, *base.shape[dim + 1 :])
     if inserted is not None and len(inserted.shape) < len(shape):
@@ -232,7 +233,7 @@ def _with_stretch(
     return concatenate(parts, dim)
 
 
-def _triangle(analysis: ValueBounds, node: fx.Node) -> Value:
+def _triangle(analysis: ValueBounds, node: fx.Node) -> NumbersValue:
     """tril, triu: zeros outside of the triangle."""
     dense = analysis.value(node.args[0]).dense()
     if dense is None:
@@ -244,7 +245,7 @@ def _triangle(analysis: ValueBounds, node: fx.Node) -> Value:
     return Numbers.of(torch.where(inside, dense, zero))
 
 
-def _moved(analysis: ValueBounds, node: fx.Node) -> Value:
+def _moved(analysis: ValueBounds, node: fx.Node) -> NumbersValue:
     """Operations that only move values to constant places, carried out on the numbers themselves."""
     given = arguments_of(node)
     if given.get("accumulate") or given.get("reduce"):
@@ -276,8 +277,8 @@ def _dims(node: fx.Node) -> list[int]:
     return [d % rank for d in ([dim] if isinstance(dim, int) else dim)] if rank else []
 
 
-def _reduced(rule: Reduction) -> Structure:
-    def reduction(analysis: ValueBounds, node: fx.Node) -> Value:
+def _reduced(rule: Reduction) -> MovementRule:
+    def reduction(analysis: ValueBounds, node: fx.Node) -> NumbersValue:
         dims = _dims(node)
         if not dims:
             return None
@@ -291,7 +292,7 @@ def _reduced(rule: Reduction) -> Structure:
     return reduction
 
 
-def _accumulated(analysis: ValueBounds, node: fx.Node) -> Value:
+def _accumulated(analysis: ValueBounds, node: fx.Node) -> NumbersValue:
     """cumsum."""
     source = node.args[0]
     assert isinstance(source, fx.Node)
@@ -301,7 +302,7 @@ def _accumulated(analysis: ValueBounds, node: fx.Node) -> Value:
     return analysis.accumulate(node, numbers, arguments_of(node)["dim"] % len(numbers.shape))
 
 
-STRUCTURES: dict[str, Structure] = {
+MOVEMENT_RULES: dict[str, MovementRule] = {
     **dict.fromkeys(("clone", "contiguous", "detach", "alias", "lift_fresh_copy", "lift_fresh"), _same),
     **dict.fromkeys(
         ("view", "reshape", "unsqueeze", "squeeze", "flatten", "unflatten", "view_as", "reshape_as", "ravel"),
