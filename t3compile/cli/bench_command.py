@@ -21,7 +21,7 @@ from t3compile.cli.options import (
     refuse_options,
     shielded,
 )
-from t3compile.cli.steps import Planning, load_model, say_what_is_left
+from t3compile.cli.steps import load_rewritten
 from t3compile.errors import InputsError
 
 if TYPE_CHECKING:
@@ -190,17 +190,8 @@ def _workloads(options: dict[str, Any]) -> Iterator[Workload]:
 
 def _workload(label: str, options: dict[str, Any]) -> Workload:
     from t3compile.benchmark.cases import Workload
-    from t3compile.pipeline import rewrite
 
-    planned = {name: options[name] for name in ("grid", "schedule", "min_tokens", "plan_file")}
-    planning = Planning.read(**planned)
-    program = load_model({name: value for name, value in options.items() if name not in planned})
-    if program.plan is not None:
-        refuse_options(planned, f"'{options['model']}' is rewritten and has its plan")
-        return Workload.of_model(label, program)
-    survey, plan = planning.survey_and_plan(program)
-    say_what_is_left(survey, plan)
-    return Workload.of_model(label, rewrite(program, plan), program)
+    return Workload.of_model(label, *load_rewritten(dict(options)))
 
 
 def _dumps(report: BenchReport) -> str:

@@ -8,13 +8,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from t3compile.cli.options import grid_option, json_option, model_options, plan_options, refuse_options, shielded
-from t3compile.cli.steps import Planning, load_model, say_what_is_left
+from t3compile.cli.steps import PLANNING, load_rewritten
 
 if TYPE_CHECKING:
     from t3compile.program import Program
 
 _FILE_SUFFIXES = (".json", ".onnx")
-_PLANNING = {"grid", "schedule", "min_tokens", "plan_file"}
 
 
 @click.group()
@@ -71,12 +70,12 @@ def build(
     numbers = {"heads": heads, "head_dim": head_dim}
     if model in [preset.name for preset in PRESETS] or model.endswith(_FILE_SUFFIXES):
         own = options.keys() - {"dtype", "batch"}
-        refuse_options(own | _PLANNING, f"'{model}' is no model to load")
+        refuse_options(own | set(PLANNING), f"'{model}' is no model to load")
         numbers |= {"dtype": options["dtype"], "batch": options["batch"]}
     else:
         check_source(model)
-        planning = Planning.read(grid, schedule, min_tokens, plan_file)
-        source = _rewritten({**options, "model": model}, planning)
+        planned = {"grid": grid, "schedule": schedule, "min_tokens": min_tokens, "plan_file": plan_file}
+        source, _ = load_rewritten({**options, **planned, "model": model})
     with progress() as step:
         built = build_kernels(
             source,
@@ -97,16 +96,3 @@ def build(
     if built.gates_not_run:
         say(f"warning: without ptxas these gates did not run: {', '.join(built.gates_not_run)}")
     say(f"wrote {output}: {len(built.tactics)} kernels")
-
-
-def _rewritten(options: dict[str, Any], planning: Planning) -> Program:
-    """The model with its plan carried out: the file's own, or that of the options."""
-    from t3compile.pipeline import rewrite
-
-    program = load_model(options)
-    if program.plan is not None:
-        refuse_options(_PLANNING, f"'{program.source}' is rewritten and has its plan")
-        return program
-    survey, plan = planning.survey_and_plan(program)
-    say_what_is_left(survey, plan)
-    return rewrite(program, plan)

@@ -17,6 +17,9 @@ if TYPE_CHECKING:
     from t3compile.program import Program
     from t3compile.sites import SiteSurvey
 
+# The parameters of Planning.read, as the commands name them.
+PLANNING = ("grid", "schedule", "min_tokens", "plan_file")
+
 
 def _video_size(options: dict[str, Any]) -> VideoSize | None:
     names = ("frames", "height", "width", "text_tokens", "batch")
@@ -97,6 +100,23 @@ class Planning:
         survey = detect(program, self.grid)
         self.plan.check_against(survey)
         return survey, self.plan
+
+
+def load_rewritten(options: dict[str, Any]) -> tuple[Program, Program | None]:
+    """The model with its plan carried out, and the model as it was; None where the file is rewritten already.
+
+    ``options`` are the model options and those of PLANNING, which a rewritten file has no use for: UsageError.
+    """
+    from t3compile.pipeline import rewrite
+
+    planning = Planning.read(**{name: options.pop(name) for name in PLANNING})
+    program = load_model(options)
+    if program.plan is not None:
+        refuse_options(PLANNING, f"'{program.source}' is rewritten and has its plan")
+        return program, None
+    survey, plan = planning.survey_and_plan(program)
+    say_what_is_left(survey, plan)
+    return rewrite(program, plan), program
 
 
 def say_assumptions_and_limits(survey: SiteSurvey, plan: Plan) -> None:
